@@ -1,0 +1,100 @@
+"""The device mesh, and where each array lives on it.
+
+Every parameter and activation names its axes by what they mean ("embed", "heads", "batch");
+`MESH_AXES` maps each meaning to mesh axes, once, with the reason. In: mesh sizes and logical
+axis names. Out: a `jax.sharding.Mesh` and `NamedSharding`s. No other file names a mesh axis.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# `data` stands first, so that it alone spans the slower links between hosts.
+MESH_NAMES = ("data", "fsdp", "sequence", "tensor")
+
+MESH_AXES = {
+    "batch": ("data", "fsdp"),  # every device of both axes trains rows of its own
+    "tokens": "sequence",
+    "embed": "fsdp",  # the one axis that every matrix has: parameters are split along it
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_width": None,
+    "layers": None,  # scanned over
+    "norm": None,  # small
+    "positions": None,
+}
+
+
+def make_mesh(*, data: int, fsdp: int, sequence: int, tensor: int) -> Mesh:
+    """Builds the mesh over all devices of all processes.
+
+    Args:
+        data: devices that hold whole copies of what the other axes split.
+        fsdp: devices that the parameters and the optimizer state are split over.
+        sequence: devices that the tokens of a row are split over.
+        tensor: devices that heads, MLP width and vocabulary are split over.
+            One of the four may be -1: whatever the others leave.
+
+    Returns:
+        A mesh with the axes `MESH_NAMES`, of Auto type.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, sequence, tensor]
+    num_devices = jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_NAMES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {asked} needs {math.prod(abs(size) for size in sizes)} devices (or a divisor, "
+            f"with a -1), but {num_devices} are here: set one axis to -1"
+        )
+    return jax.make_mesh(tuple(sizes), MESH_NAMES, axis_types=(AxisType.Auto,) * 4)
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Returns the mesh axes of an array whose axes have the given meanings."""
+    return PartitionSpec(*(None if axis is None else MESH_AXES[axis] for axis in axes))
+
+
+def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Returns the sharding of an array whose axes have the given meanings; none: replicated."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to the mesh set by `jax.set_mesh`; without one, returns it as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def check_divides(what: str, size: int, mesh: Mesh, axes: Sequence[str]) -> None:
+    """Raises ValueError unless `size` splits evenly over the mesh axes.
+
+    Args:
+        what: the config's name of the size, for the message.
+        size: how many there are.
+        mesh: the mesh.
+        axes: names of mesh axes, whose sizes are multiplied.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if size % ways:
+        raise ValueError(
+            f"{what}={size} does not divide by {ways}, the devices of mesh axes "
+            f"{' x '.join(axes)}: choose a multiple of {ways}, or another mesh"
+        )
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns one line: the mesh's axes and sizes, and its devices."""
+    sizes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    device = mesh.devices.flat[0]
+    return f"{sizes} ({mesh.size} x {device.device_kind}, {jax.process_count()} process(es))"
