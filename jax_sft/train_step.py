@@ -1,0 +1,158 @@
+"""One optimizer step: sums of losses over microbatches, one division, one update.
+
+In: the state and a batch, both sharded. Out: the next state and the step's sums, still on the
+devices. The step is a pure function, jitted once by `train.py`, with the state donated. A step
+whose loss or gradient norm is not finite, or that trains no token, leaves the whole state as
+it was and says so in `StepMetrics.ok`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_sft.data.types import Batch
+
+# (params, batch, key) -> (loss_sum, weight_sum)
+LossFn = Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        step: int32 scalar, updates made so far.
+        params: the whole parameter tree, trained or not.
+        opt_state: optax state of the trained parameters alone.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a step measured, as scalars on the devices.
+
+    Attributes:
+        loss: float32, mean over the global batch's weights.
+        grad_norm: float32, before clipping.
+        learning_rate: float32.
+        num_tokens: int32, tokens that are no padding.
+        num_trained: int32, tokens with a weight above 0.
+        ok: bool, whether the state was updated.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    num_tokens: jax.Array
+    num_trained: jax.Array
+    ok: jax.Array
+
+
+def partition(params: dict, trained: dict) -> tuple[dict, dict]:
+    """Splits a tree into (trained, frozen) by a tree of bools; the other's leaves are None."""
+    kept = jax.tree.map(lambda x, is_trained: x if is_trained else None, params, trained)
+    rest = jax.tree.map(lambda x, is_trained: None if is_trained else x, params, trained)
+    return kept, rest
+
+
+def combine(kept: dict, rest: dict) -> dict:
+    """Puts together what `partition` split."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda x: x is None
+    )
+
+
+def init_state(
+    params: dict, optimizer: optax.GradientTransformation, *, trained: dict
+) -> TrainState:
+    """Builds the state of step 0; run it under jit with output shardings."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(partition(params, trained)[0]),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    trained: dict,
+    num_microbatches: int,
+    max_grad_norm: float | None,
+    seed: int,
+) -> tuple[TrainState, StepMetrics]:
+    """Updates the trained parameters by one global batch.
+
+    Args:
+        state: the state before the step.
+        batch: the global batch; its rows divide by `num_microbatches`.
+        loss_fn: sums of weighted losses and of weights over some rows.
+        optimizer: optax chain without clipping; it scales by the schedule itself.
+        schedule: the same schedule, to report the learning rate.
+        trained: tree of bools like the params.
+        num_microbatches: parts that are run one after the other, to save memory.
+        max_grad_norm: gradients are scaled down to this global norm; None for no limit.
+        seed: base of the dropout keys; each step and microbatch has its own.
+
+    Returns:
+        The next state and the step's metrics.
+    """
+    kept, rest = partition(state.params, trained)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    loss_sum, weight_sum, grads = _sum_over_microbatches(
+        lambda kept, *args: loss_fn(combine(kept, rest), *args), kept, batch, key, num_microbatches
+    )
+    # One division, by the global weight: exact for any mesh and any number of microbatches.
+    divisor = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
+    loss = loss_sum / divisor
+    grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight_sum > 0)
+    if max_grad_norm is not None:
+        shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
+        grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, kept)
+    new = TrainState(
+        state.step + 1, combine(optax.apply_updates(kept, updates), rest), opt_state
+    )
+    new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
+    metrics = StepMetrics(
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+        num_tokens=jnp.sum(batch.segment_ids_BT > 0, dtype=jnp.int32),
+        num_trained=jnp.sum(batch.weights_BT > 0, dtype=jnp.int32),
+        ok=ok,
+    )
+    return new, metrics
+
+
+def _sum_over_microbatches(
+    loss_fn: LossFn, kept: dict, batch: Batch, key: jax.Array, num_microbatches: int
+) -> tuple[jax.Array, jax.Array, dict]:
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if num_microbatches == 1:
+        (loss_sum, weight_sum), grads = grad_fn(kept, batch, key)
+        return loss_sum, weight_sum, grads
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        """[B, T] to [N, B / N, T]; microbatch n takes rows n, n + N, ..., so none changes device"""
+        return jnp.moveaxis(x_BT.reshape(-1, num_microbatches, *x_BT.shape[1:]), 1, 0)
+
+    def add(sums, microbatch_and_key):
+        microbatch, key = microbatch_and_key
+        (loss_sum, weight_sum), grads = grad_fn(kept, microbatch, key)
+        return jax.tree.map(jnp.add, sums, (loss_sum, weight_sum, grads)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, kept))
+    xs = (jax.tree.map(split, batch), jax.random.split(key, num_microbatches))
+    return jax.lax.scan(add, zeros, xs)[0]
