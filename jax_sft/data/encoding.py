@@ -48,7 +48,7 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     rows = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
-    return [list(ids) if text else [] for text, ids in zip(texts, rows)]
+    return [list(ids) if text else [] for text, ids in zip(texts, rows, strict=True)]
 
 
 def encode_continuations(
@@ -70,14 +70,14 @@ def encode_continuations(
             if index not in found and attempt < len(sentinels := _sentinels(text))
         ]
         known = sorted({sentinel for _, sentinel in waiting})
-        leads = dict(zip(known, encode(known, tokenizer)))
+        leads = dict(zip(known, encode(known, tokenizer), strict=True))
         behind = encode([sentinel + texts[index] for index, sentinel in waiting], tokenizer)
-        for (index, sentinel), ids in zip(waiting, behind):
+        for (index, sentinel), ids in zip(waiting, behind, strict=True):
             lead = leads[sentinel]
             if lead and ids[: len(lead)] == lead:
                 found[index] = ids[len(lead) :]
     alone = [index for index in range(len(texts)) if index not in found]
-    found.update(zip(alone, encode([texts[index] for index in alone], tokenizer)))
+    found.update(zip(alone, encode([texts[index] for index in alone], tokenizer), strict=True))
     return [found[index] for index in range(len(texts))]
 
 
@@ -132,7 +132,7 @@ def _encode_turn(
     for is_continuation, encoder in ((False, encode), (True, encode_continuations)):
         these = [i for i, s in enumerate(states) if s.is_continuation == is_continuation]
         rows = encoder([states[i].segment_text + texts[i] for i in these], tokenizer)
-        for i, ids in zip(these, rows):
+        for i, ids in zip(these, rows, strict=True):
             wholes[i] = ids
     merged = []
     for i, state in enumerate(states):
@@ -143,7 +143,9 @@ def _encode_turn(
             state.segment_ids = wholes[i]
         else:
             merged.append(i)
-    for i, ids in zip(merged, encode_continuations([texts[i] for i in merged], tokenizer)):
+    for i, ids in zip(
+        merged, encode_continuations([texts[i] for i in merged], tokenizer), strict=True
+    ):
         _add_piece(states[i], ids)
         states[i].retokenized += 1
         _start_segment(states[i], texts[i], ids)

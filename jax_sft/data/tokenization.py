@@ -117,7 +117,7 @@ def tokenize_samples(
             bos_ids=bos_ids,
             eos_id=eos_id,
         )
-        for sample, dialogue, answer_ends in zip(chunk, dialogues, ends):
+        for sample, dialogue, answer_ends in zip(chunk, dialogues, ends, strict=True):
             ids, trained = _join(dialogue, sample)
             fitted = _fit(
                 ids,

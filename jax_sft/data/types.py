@@ -69,7 +69,10 @@ class Samples(Sequence[Sample]):
         for start in range(0, len(self), _READ_AHEAD):
             rows = self.rows[start : start + _READ_AHEAD]
             if isinstance(rows, dict):  # a slice of a Dataset is a dict of columns
-                rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
+                rows = [
+                    dict(zip(rows, values, strict=True))
+                    for values in zip(*rows.values(), strict=False)
+                ]
             for index, row in enumerate(rows, start):
                 yield self.to_sample(row, index)
 
@@ -175,7 +178,7 @@ def examples_from_parts(
     Returns:
         Examples with one example a triple, in order.
     """
-    inputs, targets, weights = zip(*parts) if parts else ((), (), ())
+    inputs, targets, weights = zip(*parts, strict=True) if parts else ((), (), ())
     offsets = np.cumsum([0, *map(len, inputs)], dtype=np.int64)
     return Examples(
         np.concatenate([np.zeros(0, np.int32), *inputs], dtype=np.int32),
