@@ -313,7 +313,7 @@ def _check_metric(config: SFTConfig) -> None:
 
 
 def default_sft_config() -> SFTConfig:
-    """trlX's default for supervised fine-tuning: GPT-2, AdamW at a constant 1e-4."""
+    """The default of trlX for supervised fine-tuning: GPT-2, AdamW at a constant 1e-4."""
     return SFTConfig()
 
 

@@ -1,0 +1,25 @@
+"""What every test runs under: eight CPU devices, no network, no silent rank promotion.
+
+The variables must stand before jax is imported, which pytest does only after this file; child
+processes inherit them. Warnings are errors by pyproject.toml.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def no_leaked_tracers():
+    """Makes a leaked tracer an error; jax then compiles slowly, so tests ask for it."""
+    import jax
+
+    with jax.checking_leaks():
+        yield
