@@ -80,9 +80,7 @@ def _loss_sum_forward(options, hidden_NBTD, vocabulary_VD, targets_NBT, weights_
     hidden_NBTD, d_hidden_wanted = hidden_NBTD.value, hidden_NBTD.perturbed
     vocabulary_VD, d_vocabulary_wanted = vocabulary_VD.value, vocabulary_VD.perturbed
     targets_NBT, weights_NBT = targets_NBT.value, weights_NBT.value
-    wanted = tuple(
-        i for i, want in enumerate((d_hidden_wanted, d_vocabulary_wanted)) if want
-    )
+    wanted = tuple(i for i, want in enumerate((d_hidden_wanted, d_vocabulary_wanted)) if want)
 
     def add_chunk(carry, chunk):
         loss_sum, d_vocabulary_VD = carry

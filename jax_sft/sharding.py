@@ -59,38 +59,60 @@ def make_mesh(*, data: int, fsdp: int, sequence: int, tensor: int) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_NAMES, axis_types=(AxisType.Auto,) * 4)
 
 
-def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Returns the mesh axes of an array whose axes have the given meanings."""
-    return PartitionSpec(*(None if axis is None else MESH_AXES[axis] for axis in axes))
-
-
 def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """Returns the sharding of an array whose axes have the given meanings; none: replicated."""
-    return NamedSharding(mesh, partition_spec(axes))
+    return NamedSharding(mesh, PartitionSpec(*(_mesh_axes(axis) or None for axis in axes)))
+
+
+def param_sharding(
+    mesh: Mesh, *, path: str, shape: Sequence[int], axes: Sequence[str | None]
+) -> NamedSharding:
+    """Returns where a parameter lives.
+
+    Args:
+        mesh: the mesh.
+        path: the parameter's name, for the message.
+        shape: its shape.
+        axes: the meaning of each of its axes. Key/value heads that do not divide stay whole.
+
+    Raises:
+        ValueError: an axis does not divide over its devices.
+    """
+    kept = []
+    for size, axis in zip(shape, axes, strict=True):
+        ways = num_shards(mesh, axis)
+        if size % ways and axis == "kv_heads":
+            axis = None
+        elif size % ways:
+            raise ValueError(
+                f"{path} has {size} along its axis {axis!r}, which does not divide by {ways}, the "
+                f"size of mesh axis {' x '.join(_mesh_axes(axis))}: choose a mesh that divides it"
+            )
+        kept.append(axis)
+    return named_sharding(mesh, *kept)
+
+
+def num_shards(mesh: Mesh, axis: str | None) -> int:
+    """Returns how many parts an axis with this meaning is cut into."""
+    return math.prod(mesh.shape[name] for name in _mesh_axes(axis))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the mesh set by `jax.set_mesh`; without one, returns it as it is."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    """Pins an activation to the mesh set by `jax.set_mesh`; without one, returns it as it is.
 
-
-def check_divides(what: str, size: int, mesh: Mesh, axes: Sequence[str]) -> None:
-    """Raises ValueError unless `size` splits evenly over the mesh axes.
-
-    Args:
-        what: the config's name of the size, for the message.
-        size: how many there are.
-        mesh: the mesh.
-        axes: names of mesh axes, whose sizes are multiplied.
+    An axis that does not divide, such as the single token of a decode step, stays whole.
     """
-    ways = math.prod(mesh.shape[axis] for axis in axes)
-    if size % ways:
-        raise ValueError(
-            f"{what}={size} does not divide by {ways}, the devices of mesh axes "
-            f"{' x '.join(axes)}: choose a multiple of {ways}, or another mesh"
-        )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    sizes = zip(x.shape, axes, strict=True)
+    kept = (_mesh_axes(axis) if size % num_shards(mesh, axis) == 0 else () for size, axis in sizes)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axis or None for axis in kept)))
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    names = None if axis is None else MESH_AXES[axis]
+    return () if names is None else (names,) if isinstance(names, str) else names
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -62,9 +62,7 @@ def partition(params: dict, trained: dict) -> tuple[dict, dict]:
 
 def combine(kept: dict, rest: dict) -> dict:
     """Puts together what `partition` split."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda x: x is None
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda x: x is None)
 
 
 def init_state(
@@ -121,9 +119,7 @@ def train_step(
         shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, kept)
-    new = TrainState(
-        state.step + 1, combine(optax.apply_updates(kept, updates), rest), opt_state
-    )
+    new = TrainState(state.step + 1, combine(optax.apply_updates(kept, updates), rest), opt_state)
     new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
     metrics = StepMetrics(
         loss=loss,

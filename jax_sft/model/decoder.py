@@ -370,7 +370,9 @@ def _vocabulary_param(
 ) -> jax.Array:
     def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
         # Drawn at the true size, so that the mesh does not change the weights.
-        drawn_VD = nn.initializers.normal(config.init_std)(key, (config.vocab_size, shape[1]), dtype)
+        drawn_VD = nn.initializers.normal(config.init_std)(
+            key, (config.vocab_size, shape[1]), dtype
+        )
         return jnp.pad(drawn_VD, ((0, shape[0] - config.vocab_size), (0, 0)))
 
     shape = (config.vocab_size + padding, config.width)

@@ -1,0 +1,396 @@
+"""CausalLM: a decoder, its parameters, its `transformers` config and its tokenizer, together.
+
+What `FlaxAutoModelForCausalLM` was before `transformers` dropped its Flax classes: load a
+folder or hub name, call it for logits, generate text, save it back. Parameters live on a mesh
+from the first byte; training takes them from here and gives them back here to be saved.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from jax_sft import sampler, sharding
+from jax_sft.data.tokenization import decode_outputs, load_tokenizer, prompt_ids
+from jax_sft.model import pretrained
+from jax_sft.model.attention import choose_backend
+from jax_sft.model.decoder import Decoder, Numerics, init_params, logical_axes, logits
+from jax_sft.model.families import find_family
+
+DROPOUT_RATES = ("embed_dropout", "attention_dropout", "residual_dropout")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a model is computed and where it lives.
+
+    Attributes:
+        mesh: devices; None takes all, with the parameters split over them.
+        dtype: "float32", "bfloat16", or "auto": float32 on CPU, else bfloat16.
+        param_dtype: "float32", "bfloat16", or "auto": float32.
+        remat: what the backward pass computes again: "none", "dots" or "full".
+        attention: attention backend, or "auto".
+        num_frozen_layers: bottom layers kept in a stack of their own, as training does.
+    """
+
+    mesh: Mesh | None = None
+    dtype: str = "auto"
+    param_dtype: str = "auto"
+    remat: str = "none"
+    attention: str = "auto"
+    num_frozen_layers: int = 0
+
+    def numerics(self, *, dropout: bool = False) -> Numerics:
+        """Returns the dtypes that the names stand for on this platform."""
+        auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        choose_backend(self.attention)
+        return Numerics(
+            dtype=DTYPES[auto if self.dtype == "auto" else self.dtype],
+            param_dtype=DTYPES["float32" if self.param_dtype == "auto" else self.param_dtype],
+            remat=self.remat,
+            dropout=dropout,
+        )
+
+
+class CausalLM:
+    """A causal language model on a mesh.
+
+    Attributes:
+        config: the `transformers` config.
+        generation_config: the `transformers` generation config.
+        tokenizer: the tokenizer, or None.
+        decoder: the Flax module.
+        mesh: the mesh that the parameters live on.
+        params: nested dict of arrays, named as in `Decoder`.
+        source_dtypes: the checkpoint's dtype of each of its tensors, kept on export.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        placement: Placement,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        generation_config: GenerationConfig | None = None,
+        dropout_fields: Iterable[str] = (),
+    ) -> None:
+        mesh = placement.mesh or sharding.make_mesh(data=1, fsdp=-1, sequence=1, tensor=1)
+        self.family = find_family(config)
+        decoder_config = self.family.decoder_config(config)
+        # Hub configs carry the dropout of pre-training; fine-tuning drops only where asked to.
+        off = (name not in set(dropout_fields) for name in self.family.dropout_fields)
+        rates = dict.fromkeys(itertools.compress(DROPOUT_RATES, off), 0.0)
+        decoder_config = dataclasses.replace(decoder_config, **rates)
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.decoder = Decoder(
+            decoder_config,
+            placement.numerics(),
+            vocab_padding=-decoder_config.vocab_size % sharding.num_shards(mesh, "vocab"),
+            num_frozen_layers=placement.num_frozen_layers,
+        )
+        self.params: dict | None = None
+        self.source_dtypes: dict[str, str] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        placement: Placement | None = None,
+        overrides: dict[str, Any] | None = None,
+    ) -> "CausalLM":
+        """Loads a `transformers` model: config, weights (safetensors), tokenizer.
+
+        Args:
+            path: a folder, or a hub name where the hub can be reached.
+            tokenizer: None loads the one beside the model, if there is one.
+            placement: mesh and dtypes; None for all devices and the automatic dtypes.
+            overrides: config fields to change, by name.
+
+        Returns:
+            The model, its parameters on the mesh.
+
+        Raises:
+            ValueError: the folder, a tensor or an option is missing or not as expected.
+        """
+        folder = pretrained.resolve_folder(path)
+        config = pretrained.read_config(folder)
+        _override(config, overrides or {})
+        if tokenizer is None and pretrained.has_tokenizer(folder):
+            tokenizer = load_tokenizer(folder)
+        has_generation_config = (folder / "generation_config.json").is_file()
+        model = cls(
+            config,
+            placement=placement or Placement(),
+            tokenizer=tokenizer,
+            generation_config=GenerationConfig.from_pretrained(folder)
+            if has_generation_config
+            else None,
+            dropout_fields=overrides or (),
+        )
+        model.params, model.source_dtypes = pretrained.load_params(
+            folder, model.family, config=model.decoder.config, like=model.param_structs()
+        )
+        return model
+
+    @classmethod
+    def from_config(
+        cls,
+        fields: dict[str, Any],
+        *,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        placement: Placement | None = None,
+    ) -> "CausalLM":
+        """Builds a model with random weights.
+
+        Args:
+            fields: `transformers` config fields, `model_type` among them.
+            seed: the same weights for the same seed, on any mesh.
+            tokenizer: kept with the model; its special token ids become the config's.
+            placement: as for `from_pretrained`.
+
+        Raises:
+            ValueError: an unknown `model_type` or an option that is not built.
+        """
+        special = {}
+        if tokenizer is not None:
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            special = {name: getattr(tokenizer, name) for name in names}
+            special["vocab_size"] = len(tokenizer)
+        fields = {**special, **fields}
+        config = _new_config(fields)
+        model = cls(
+            config, placement=placement or Placement(), tokenizer=tokenizer, dropout_fields=fields
+        )
+        shardings = jax.tree.map(lambda struct: struct.sharding, model.param_structs())
+        init = jax.jit(
+            lambda key: nn.unbox(init_params(model.decoder, key)), out_shardings=shardings
+        )
+        with jax.set_mesh(model.mesh):
+            model.params = init(jax.random.key(seed))
+        return model
+
+    def param_structs(self) -> dict:
+        """Returns each parameter's shape, dtype and sharding, as `jax.ShapeDtypeStruct`s."""
+        shapes, axes = logical_axes(self.decoder)
+
+        def place(path: tuple, struct: jax.ShapeDtypeStruct, names: tuple) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            where = sharding.param_sharding(self.mesh, path=name, shape=struct.shape, axes=names)
+            return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=where)
+
+        return jax.tree_util.tree_map_with_path(place, shapes, axes)
+
+    @property
+    def training_decoder(self) -> Decoder:
+        """The decoder with dropout on, where the config asked for a rate above 0."""
+        dropout = any(getattr(self.decoder.config, rate) for rate in DROPOUT_RATES)
+        numerics = dataclasses.replace(self.decoder.numerics, dropout=dropout)
+        return self.decoder.clone(numerics=numerics)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, without the vocabulary's padding."""
+        sizes = (struct.size for struct in jax.tree.leaves(self.param_structs()))
+        tables = 1 if self.decoder.config.tied_head else 2
+        padding = tables * self.decoder.vocab_padding * self.decoder.config.width
+        return sum(sizes) - padding
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's EOS and those of the generation config."""
+        known = self.generation_config.eos_token_id
+        ids = set(known if isinstance(known, list) else [] if known is None else [known])
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return sorted(i for i in ids if 0 <= i < self.decoder.config.vocab_size)
+
+    def __call__(
+        self,
+        tokens_BT: Any,
+        positions_BT: Any | None = None,
+        segment_ids_BT: Any | None = None,
+    ) -> jax.Array:
+        """Computes the logits of each next token.
+
+        Args:
+            tokens_BT: int ids in [0, vocabulary size).
+            positions_BT: int, each token's position in its segment; None counts from 0.
+            segment_ids_BT: int; tokens see earlier tokens of their own segment only. None: one
+                segment a row.
+
+        Returns:
+            logits_BTV, float32.
+        """
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        with jax.set_mesh(self.mesh):
+            logits_BTV = _logits(
+                self.decoder,
+                self.params,
+                tokens_BT,
+                jnp.asarray(positions_BT, jnp.int32),
+                jnp.asarray(segment_ids_BT, jnp.int32),
+            )
+        return logits_BTV[..., : self.decoder.config.vocab_size]
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[str]],
+        *,
+        stop_sequences: Sequence[str] = (),
+        seed: int = 0,
+        add_bos: bool | None = None,
+        add_eos: bool | str = True,
+        **gen_kwargs: Any,
+    ) -> list[str]:
+        """Continues each prompt.
+
+        Args:
+            prompts: texts, or [prompt, output, ..., prompt] texts.
+            stop_sequences: strings that end an output; they are cut off.
+            seed: base of the draws; the same seed gives the same outputs.
+            add_bos: as in training (config.tokenizer.add_bos).
+            add_eos: as in training (config.tokenizer.add_eos).
+            **gen_kwargs: fields of `sampler.Sampling`, such as max_new_tokens=40.
+
+        Returns:
+            The outputs, without their prompts, in order.
+
+        Raises:
+            ValueError: there is no tokenizer, or a prompt or a value does not fit.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass one to from_pretrained(...)")
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the string {prompts[:40]!r}: pass a list of strings")
+        ids = [
+            prompt_ids(prompt, self.tokenizer, add_bos=add_bos, add_eos=add_eos)
+            for prompt in prompts
+        ]
+        return self.generate_from_ids(
+            ids, stop_sequences=stop_sequences, seed=seed, gen_kwargs=gen_kwargs
+        )
+
+    def generate_from_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        stop_sequences: Sequence[str],
+        seed: int,
+        gen_kwargs: dict[str, Any],
+        params: dict | None = None,
+    ) -> list[str]:
+        """Continues prompts given as ids; `params` stand in for the model's own."""
+        known = [field.name for field in dataclasses.fields(sampler.Sampling)]
+        for name in gen_kwargs:
+            if name not in known:
+                raise ValueError(f"gen_kwargs has no {name!r}: choose among {known}")
+        vocab_size = self.decoder.config.vocab_size
+        for i, prompt in enumerate(prompts):
+            if max(prompt, default=0) >= vocab_size:
+                raise ValueError(
+                    f"prompts[{i}] has token id {max(prompt)}, but the model's vocabulary has "
+                    f"{vocab_size} entries: use the model's own tokenizer"
+                )
+
+        def should_stop(answer: list[int]) -> bool:
+            text = self.tokenizer.decode(answer, skip_special_tokens=True)
+            return any(stop in text for stop in stop_sequences)
+
+        with jax.set_mesh(self.mesh):
+            answers = sampler.generate_ids(
+                self.decoder,
+                self.params if params is None else params,
+                prompts,
+                sampling=sampler.Sampling(**gen_kwargs),
+                stop_ids=self.stop_ids,
+                seed=seed,
+                num_batch_shards=sharding.num_shards(self.mesh, "batch"),
+                should_stop=should_stop if stop_sequences else None,
+            )
+        return decode_outputs(answers, self.tokenizer, stop_sequences=stop_sequences)
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: str | None = None, params: dict | None = None
+    ) -> None:
+        """Writes a folder that `transformers` loads: weights, configs, tokenizer.
+
+        Args:
+            folder: made if missing; files of the same names are replaced.
+            dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's dtype in the
+                checkpoint it came from, and the parameters' own where there was none.
+            params: stand in for the model's own.
+        """
+        pretrained.save_params(
+            Path(folder),
+            self.family,
+            config=self.decoder.config,
+            params=self.params if params is None else params,
+            source_dtypes=self.source_dtypes,
+            dtype=dtype,
+        )
+        if jax.process_index() == 0:
+            self.config.save_pretrained(folder)
+            self.generation_config.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _logits(
+    decoder: Decoder,
+    params: dict,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> jax.Array:
+    hidden_BTD, _ = decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
+    return logits(decoder.config, params, hidden_BTD)
+
+
+def _new_config(fields: dict[str, Any]) -> Any:
+    model_type = fields["model_type"]
+    try:
+        kind = type(AutoConfig.for_model(model_type))
+    except ValueError:
+        raise ValueError(
+            f"model.config.model_type {model_type!r} is unknown to transformers: see its list"
+        ) from None
+    _check_fields(kind(), fields)
+    return kind(**{name: value for name, value in fields.items() if name != "model_type"})
+
+
+def _override(config: Any, fields: dict[str, Any]) -> None:
+    _check_fields(config, fields)
+    if "model_type" in fields and fields["model_type"] != config.model_type:
+        raise ValueError(
+            f"model.config.model_type is {fields['model_type']!r}, but the model in model_path "
+            f"is {config.model_type!r}: leave it out, or set model.init='random'"
+        )
+    for name, value in fields.items():
+        setattr(config, name, value)
+
+
+def _check_fields(config: Any, fields: dict[str, Any]) -> None:
+    for name in fields:
+        if not hasattr(config, name):
+            raise ValueError(
+                f"model.config.{name} is no field of {type(config).__name__}: see its documentation"
+            )

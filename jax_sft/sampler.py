@@ -1,0 +1,324 @@
+"""Prompts to answers, in ids: a jitted prefill, then a jitted decode loop over a cache.
+
+In: lists of prompt ids, sharded params, and how to choose a token. Out: lists of answer ids.
+Text never enters; whoever wants to stop at a string passes `should_stop`, which is asked every
+few tokens on the host. Prompts are padded on the right to a bucket, and padding is never seen:
+a token's slot in the cache is its position, and a token sees no later slot than its own.
+
+    prompts            cache slots after prefill    after one more token each
+    a b c              a b c .  .  .                a b c x .  .
+    d                  d .  .  .  .  .              d y .  .  .  .      (. is never seen)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sft.model.decoder import Cache, Decoder, empty_cache, logits
+from jax_sft.sharding import constrain
+
+MAX_ROWS = 64  # prompts decoded at once
+PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths compile
+STOP_CHECK_INTERVAL = 8  # tokens between two looks at the stop strings
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits; the names are those of `transformers`.
+
+    Applied in this order: repetition_penalty, temperature, top_k, top_p.
+
+    Attributes:
+        max_new_tokens: tokens an answer may have.
+        do_sample: draw from the distribution; False takes the likeliest token.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: only the likeliest tokens that together reach this probability; 1.0 for all.
+        repetition_penalty: logits of tokens already in the row are divided by it where
+            positive and multiplied where negative (CTRL, Keskar et al. 2019, section 4.1).
+    """
+
+    max_new_tokens: int = 40
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+
+class Decoding(NamedTuple):
+    """The state of the decode loop.
+
+    Attributes:
+        cache: keys and values of prompt and answer so far.
+        logits_BV: float32, of the token to choose next.
+        answer_BG: int32, the answers so far; unwritten slots are -1.
+        seen_BV: bool, tokens in the row so far; [B, 0] where no penalty asks for it.
+        done_B: bool, rows that have stopped.
+        num_new: int32 scalar, tokens made so far.
+    """
+
+    cache: Cache
+    logits_BV: jax.Array
+    answer_BG: jax.Array
+    seen_BV: jax.Array
+    done_B: jax.Array
+    num_new: jax.Array
+
+
+def generate_ids(
+    decoder: Decoder,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    seed: int,
+    num_batch_shards: int = 1,
+    should_stop: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Generates one answer for each prompt.
+
+    A row's draws depend on the seed and on its place in `prompts`, not on its neighbours.
+
+    Args:
+        decoder: the module, dropout off.
+        params: its parameters, on the mesh set by `jax.set_mesh` if there is one.
+        prompts: non-empty lists of token ids.
+        sampling: how tokens are chosen.
+        stop_ids: tokens that end an answer; the one that did is the answer's last.
+        seed: base of the draws.
+        num_batch_shards: devices that rows are split over.
+        should_stop: tells from an answer's ids whether it has ended.
+
+    Returns:
+        The answers' ids, in the order of the prompts.
+
+    Raises:
+        ValueError: a prompt is empty, or prompt and answer exceed the model's positions.
+    """
+    num_positions = decoder.config.num_positions
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{i}] has no token: pass some text, or set add_bos=True")
+        if len(prompt) + sampling.max_new_tokens > num_positions:
+            raise ValueError(
+                f"prompts[{i}] has {len(prompt)} tokens, and with max_new_tokens="
+                f"{sampling.max_new_tokens} exceeds the model's {num_positions} positions: "
+                "shorten the prompt or lower max_new_tokens"
+            )
+    answers = []
+    for start in range(0, len(prompts), MAX_ROWS):
+        rows = prompts[start : start + MAX_ROWS]
+        num_rows = -(-len(rows) // num_batch_shards) * num_batch_shards
+        padded = [*rows, *([rows[-1]] * (num_rows - len(rows)))]
+        row_ids_B = np.arange(start, start + num_rows, dtype=np.int32)
+        loop = functools.partial(
+            _decode,
+            decoder,
+            params,
+            row_ids_B,
+            seed,
+            sampling=sampling,
+            stop_ids=tuple(int(i) for i in stop_ids),
+        )
+        state, prompt_lens_B = _start(decoder, params, padded, sampling, len(rows))
+        answers += _run(loop, state, prompt_lens_B, len(rows), sampling, should_stop)
+    return [_until_stop(answer, stop_ids) for answer in answers]
+
+
+def _start(
+    decoder: Decoder, params: dict, prompts: list, sampling: Sampling, num_real: int
+) -> tuple[Decoding, np.ndarray]:
+    prompt_lens_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = -(-int(prompt_lens_B.max()) // PROMPT_BUCKET) * PROMPT_BUCKET
+    longest = min(longest, decoder.config.num_positions - sampling.max_new_tokens)
+    prompts_BP = np.zeros((len(prompts), longest), np.int32)
+    for row_P, prompt in zip(prompts_BP, prompts, strict=True):
+        row_P[: len(prompt)] = prompt
+    state = _prefill(decoder, params, prompts_BP, prompt_lens_B, sampling=sampling)
+    is_filler_B = np.arange(len(prompts)) >= num_real
+    return state._replace(done_B=jnp.asarray(is_filler_B)), prompt_lens_B
+
+
+def _run(
+    loop: Callable,
+    state: Decoding,
+    prompt_lens_B: np.ndarray,
+    num_real: int,
+    sampling: Sampling,
+    should_stop: Callable[[list[int]], bool] | None,
+) -> list[list[int]]:
+    interval = STOP_CHECK_INTERVAL if should_stop else sampling.max_new_tokens
+    num_new, done_B = 0, np.zeros(num_real, bool)
+    while num_new < sampling.max_new_tokens and not done_B.all():
+        until = min(num_new + interval, sampling.max_new_tokens)
+        state = loop(state, prompt_lens_B, np.int32(until))
+        # Replicated, so that every process reads the same answers and takes the same decision.
+        answer_BG, done_B, num_new = jax.device_get((state.answer_BG, state.done_B, state.num_new))
+        if should_stop:
+            done_B = np.array(done_B)
+            for row in np.flatnonzero(~done_B):
+                done_B[row] = should_stop(_written(answer_BG[row]))
+            state = state._replace(done_B=jnp.asarray(done_B))
+    return [_written(answer_G) for answer_G in answer_BG[:num_real]]
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("sampling",))
+def _prefill(
+    decoder: Decoder,
+    params: dict,
+    prompts_BP: jax.Array,
+    prompt_lens_B: jax.Array,
+    *,
+    sampling: Sampling,
+) -> Decoding:
+    B, P = prompts_BP.shape
+    prompts_BP = constrain(prompts_BP, "batch", None)
+    positions_BP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+    cache = empty_cache(decoder.config, B, P + sampling.max_new_tokens, decoder.numerics.dtype)
+    hidden_BPD, cache = decoder.apply(
+        {"params": params}, prompts_BP, positions_BP, jnp.ones_like(positions_BP), cache
+    )
+    last_B1D = jnp.take_along_axis(hidden_BPD, (prompt_lens_B - 1)[:, None, None], axis=1)
+    logits_BV = logits(decoder.config, params, last_B1D)[:, 0]
+    num_seen = logits_BV.shape[1] if sampling.repetition_penalty != 1.0 else 0
+    seen_BV = jnp.zeros((B, num_seen), bool)
+    if num_seen:
+        # Padding writes to an entry behind the vocabulary, which is dropped.
+        is_prompt_BP = positions_BP < prompt_lens_B[:, None]
+        ids_BP = jnp.where(is_prompt_BP, prompts_BP, num_seen)
+        seen_BV = seen_BV.at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
+    return Decoding(
+        cache=cache,
+        logits_BV=logits_BV,
+        answer_BG=jnp.full((B, sampling.max_new_tokens), -1, jnp.int32),
+        seen_BV=seen_BV,
+        done_B=jnp.zeros((B,), bool),
+        num_new=jnp.int32(0),
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=(0,),
+    static_argnames=("sampling", "stop_ids"),
+    donate_argnames=("state",),
+)
+def _decode(
+    decoder: Decoder,
+    params: dict,
+    row_ids_B: jax.Array,
+    seed: jax.Array,
+    state: Decoding,
+    prompt_lens_B: jax.Array,
+    until: jax.Array,
+    *,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+) -> Decoding:
+    """Makes tokens until each row has stopped, or `until` tokens are made."""
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), row_ids_B)
+    rows_B = jnp.arange(row_ids_B.shape[0])
+
+    def go_on(state: Decoding) -> jax.Array:
+        return (state.num_new < until) & ~jnp.all(state.done_B)
+
+    def make_token(state: Decoding) -> Decoding:
+        step_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.num_new)
+        token_B = choose_token(state.logits_BV, state.seen_BV, step_keys_B, sampling=sampling)
+        answer_B = jnp.where(state.done_B, -1, token_B)
+        is_stop_B = jnp.isin(token_B, jnp.array(stop_ids, jnp.int32))
+        positions_B1 = (prompt_lens_B + state.num_new)[:, None]
+        hidden_B1D, cache = decoder.apply(
+            {"params": params},
+            token_B[:, None],
+            positions_B1,
+            jnp.ones_like(positions_B1),
+            state.cache,
+        )
+        seen_BV = state.seen_BV
+        if seen_BV.shape[1]:
+            seen_BV = seen_BV.at[rows_B, token_B].set(True)
+        return Decoding(
+            cache=cache,
+            logits_BV=logits(decoder.config, params, hidden_B1D)[:, 0],
+            answer_BG=state.answer_BG.at[:, state.num_new].set(answer_B),
+            seen_BV=seen_BV,
+            done_B=state.done_B | is_stop_B,
+            num_new=state.num_new + 1,
+        )
+
+    state = jax.lax.while_loop(go_on, make_token, state)
+    return state._replace(
+        answer_BG=constrain(state.answer_BG, None, None), done_B=constrain(state.done_B, None)
+    )
+
+
+def choose_token(
+    logits_BV: jax.Array, seen_BV: jax.Array, keys_B: jax.Array, *, sampling: Sampling
+) -> jax.Array:
+    """Chooses each row's next token.
+
+    Args:
+        logits_BV: float32; -inf is never chosen.
+        seen_BV: bool, tokens in the row so far; read only with a repetition penalty.
+        keys_B: a PRNG key a row.
+        sampling: how to choose.
+
+    Returns:
+        token_B, int32.
+    """
+    if sampling.repetition_penalty != 1.0:
+        penalty = sampling.repetition_penalty
+        penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
+    if not sampling.do_sample or sampling.temperature == 0 or sampling.top_k == 1:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k:
+        num_kept = min(sampling.top_k, logits_BV.shape[1])
+        smallest_B1 = jax.lax.top_k(logits_BV, num_kept)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1.0:
+        logits_BV = jnp.where(_is_in_nucleus(logits_BV, sampling.top_p), logits_BV, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def _is_in_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """True for the likeliest tokens up to the one that reaches `top_p` (Holtzman et al. 2020)."""
+    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
+    sorted_BV = -jnp.sort(-probabilities_BV, axis=-1)
+    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+    num_kept_B1 = jnp.sum(before_BV < top_p, axis=-1, keepdims=True)
+    smallest_B1 = jnp.take_along_axis(sorted_BV, num_kept_B1 - 1, axis=-1)
+    return probabilities_BV >= smallest_B1
+
+
+def _written(answer_G: np.ndarray) -> list[int]:
+    return [int(token) for token in answer_G if token >= 0]
+
+
+def _until_stop(answer: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Cuts behind the first stop token (rows stop together only at the host's next look)."""
+    for i, token in enumerate(answer):
+        if token in stop_ids:
+            return answer[: i + 1]
+    return answer
