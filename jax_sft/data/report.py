@@ -1,7 +1,6 @@
 """What will be trained, in numbers: the data report, and an example in colour.
 
-What comes in are the examples, the counts of the tokenizer and the packed batches, what
-goes out is a dict for data_report.json, a table for the console, and an error where
+What comes in are the examples, their counts and the plan of their rows, what goes out is a dict for data_report.json, a table for the console, and an error where
 answers would not teach the model to stop.
 """
 
@@ -14,28 +13,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jax_sft.data.batches import Batches
+from jax_sft.data.packing import Plan
 from jax_sft.data.types import Counts, Example, Examples
 
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 def data_report(
-    examples: Examples, counts: Counts, *, batches: Batches | None = None
+    examples: Examples,
+    counts: Counts,
+    *,
+    plan: Plan | None = None,
+    steps_per_epoch: int | None = None,
 ) -> dict[str, Any]:
     """The data report, ready for JSON.
 
     Args:
         examples: what `tokenize_samples` returned.
         counts: what it returned beside them.
-        batches: adds rows, packing_efficiency and steps_per_epoch, of epoch 0.
+        plan: of one epoch, `batches.plan(0)`; adds rows and packing_efficiency.
+        steps_per_epoch: `batches.steps_in_epoch(0)`; added where known.
 
     Returns:
         Row counts that add up (rows_read = kept + the sum of dropped), tokens (inputs of
         all examples), trained_tokens, their share, quantiles of the examples' lengths.
 
     Raises:
-        ValueError: rows are missing from the counts.
+        ValueError: the counts do not add up, or an answer trains no stop token.
     """
     num_dropped = sum(counts.dropped.values())
     if counts.rows_read != counts.kept + num_dropped:
@@ -43,6 +47,7 @@ def data_report(
             f"{counts.rows_read} rows were read, but {counts.kept} kept and {num_dropped} dropped; "
             "the counts must add up, so pass those that tokenize_samples returned"
         )
+    check_stop_tokens(counts)
     num_tokens = int(examples.lengths_N.sum())
     num_trained = int(np.count_nonzero(examples.weights))
     report: dict[str, Any] = {
@@ -63,11 +68,11 @@ def data_report(
         "answers_without_stop": counts.answers_without_stop,
         "rows_with_more_stops": counts.rows_with_more_stops,
     }
-    if batches is not None:
-        plan = batches.plan(0)
+    if plan is not None:
         report["rows"] = plan.num_rows
         report["packing_efficiency"] = plan.efficiency
-        report["steps_per_epoch"] = batches.steps_in_epoch(0)
+    if steps_per_epoch is not None:
+        report["steps_per_epoch"] = steps_per_epoch
     return report
 
 
@@ -132,6 +137,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if "rows" in report:
         packed = f"{report['rows']:,}, {report['packing_efficiency']:.1%} full"
         facts.append(("packed rows", packed))
+    if "steps_per_epoch" in report:
         facts.append(("steps an epoch", f"{report['steps_per_epoch']:,}"))
     return facts
 
