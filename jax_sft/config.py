@@ -82,9 +82,10 @@ class Section(ConfigDict):
         self.lock()
 
     def __getitem__(self, key: str) -> Any:
+        key, _, entry = key.partition(".")
         if key not in self._fields:
             raise unknown_key(f"{self._name}.{key}", KEYS[self._name])
-        return self._fields[key]
+        return self._fields[key][entry] if entry else self._fields[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key not in KEYS[self._name]:
@@ -136,10 +137,11 @@ class SFTConfig(ConfigDict):
             self[name] = {}
         self.lock()
 
-    def __getitem__(self, name: str) -> Section:
+    def __getitem__(self, name: str) -> Any:
+        name, _, key = name.partition(".")
         if name not in self._fields:
             raise unknown_key(name, KEYS)
-        return self._fields[name]
+        return self._fields[name][key] if key else self._fields[name]
 
     def __setitem__(self, name: str, values: Mapping[str, Any]) -> None:
         if name not in KEYS:
@@ -330,17 +332,20 @@ def config_from_flags(argv: Sequence[str]) -> SFTConfig:
         ValueError: one line that names the flag, or the file and its line.
     """
     file, overrides = parse_flags(argv)
-    config = SFTConfig()
-    if file is not None:
-        config = read_config_file(file)
-        if not isinstance(config, SFTConfig | dict):
-            raise ValueError(
-                f"{file}: get_config() returned {shortened(config)}; expected an SFTConfig, "
-                "as default_sft_config().evolve(...)"
-            )
-    if isinstance(config, dict):
-        try:
-            config = SFTConfig.from_dict(config)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+    config = SFTConfig() if file is None else _config_from_file(file)
     return config.evolve(**overrides)
+
+
+def _config_from_file(file: str) -> SFTConfig:
+    held = read_config_file(file)
+    if isinstance(held, SFTConfig):
+        return held
+    if file.endswith(".py"):
+        raise ValueError(
+            f"{file}: get_config() returned {shortened(held)}; expected an SFTConfig, "
+            "as default_sft_config().evolve(...)"
+        )
+    try:
+        return SFTConfig.from_dict(held)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

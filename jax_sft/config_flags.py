@@ -193,7 +193,8 @@ def read_config_file(file: str) -> Any:
         return _run_python(path)
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Loader)
+        is_json = path.suffix == ".json"
+        values = _load_json(text) if is_json else yaml.load(text, Loader=_Loader)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} line {error.lineno}: {error.msg}; expected JSON") from None
     except yaml.MarkedYAMLError as error:
@@ -205,6 +206,20 @@ def read_config_file(file: str) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {shortened(values)}; expected sections of keys")
     return values
+
+
+def _load_json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            # A json hook is not told where it is; the key's last place is near enough.
+            place = max(0, text.rfind(f'"{twice}"'))
+            raise json.JSONDecodeError(f"key {twice!r} is given twice", text, place)
+        return values
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _run_python(path: Path) -> Any:
