@@ -1,7 +1,8 @@
 """What will be trained, in numbers: the data report, and an example in colour.
 
-What comes in are the examples, their counts and the plan of their rows, what goes out is a dict for data_report.json, a table for the console, and an error where
-answers would not teach the model to stop.
+What comes in are the examples, their counts and the plan of their rows, what goes out
+is a dict for data_report.json, a table for the console, and an error where answers
+would not teach the model to stop.
 """
 
 from __future__ import annotations
