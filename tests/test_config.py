@@ -1,5 +1,6 @@
 """The config: names, types, evolve, files, flags and what validate refuses."""
 
+import ast
 import copy
 import json
 import pickle
@@ -18,6 +19,7 @@ from jax_sft.config import (
     help_text,
 )
 from jax_sft.config_keys import KEYS, NAMED_DICTS
+from jax_sft.data.samples import read_samples
 
 
 def refused(call, *args, **kwargs):
@@ -520,3 +522,44 @@ def test_help_has_every_key_and_argument_once():
         for name in table:
             assert sum(line.startswith(f"        .{name}: ") for line in lines) == 1
     assert max(map(len, lines)) <= 120
+
+
+# The configs that ship
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_config_is_valid_and_its_docstring_has_the_command(file):
+    config_from_flags([f"--config={file}"]).validate()
+    docstring = ast.get_docstring(ast.parse(file.read_text()))
+    assert f"python -m jax_sft.main --config=configs/{file.name}" in docstring
+
+
+def shipped(name):
+    return config_from_flags([f"--config={Path(__file__).parent.parent}/configs/{name}"])
+
+
+def test_gpt2_is_trlxs_sft_sentiments():
+    config = shipped("gpt2.py")
+    assert config.data.train is None and config.data.filter == "label == 1"
+    assert config.data.eval_prompts == ("I don't know much about Hungarian underground",) * 64
+    same = default_sft_config().evolve(
+        data=dict(filter="label == 1", eval_prompts=config.data.eval_prompts),
+        train=dict(checkpoint_dir=config.train.checkpoint_dir),
+    )
+    assert config == same
+
+
+def test_alpaca_gpt2_is_trlxs_sft_alpaca_and_prompts_as_it_trains():
+    config = shipped("alpaca_gpt2.py")
+    train = config.train
+    assert (train.total_steps, train.batch_size, train.seq_length) == (2400, 4, 1024)
+    assert config.optimizer.kwargs.lr == 2e-5 and config.data.train is None
+    assert config.method.gen_kwargs.max_new_tokens == 256
+    instruction = config.data.eval_prompts[0].split("### Instruction:\n")[1].split("\n\n")[0]
+    row = {"instruction": instruction, "input": "", "output": "x"}
+    fields = {"template": config.data.template, "output_field": config.data.output_field}
+    (sample,) = read_samples([row], **fields)
+    assert config.data.eval_prompts[0] == sample.turns[0].text
