@@ -51,7 +51,7 @@ def read_samples(
         ValueError: there are no samples, or one of them is wrong; it is named.
     """
     reader = RowReader(text_field, prompt_field, output_field, messages_field, template)
-    rows = Rows(_as_sequence(samples), lambda index: f"samples[{index}]")
+    rows = Rows("samples", _as_sequence(samples), lambda index: f"samples[{index}]")
     return _read(rows, reader, filter=filter, max_samples=max_samples)
 
 
@@ -91,7 +91,7 @@ def load_samples(
     reader = RowReader(text_field, prompt_field, output_field, messages_field, template)
     if _names_function(source):
         values = _as_sequence(load_function(source)())
-        rows = Rows(values, lambda index: f"{source} sample {index}")
+        rows = Rows(source, values, lambda index: f"{source} sample {index}")
     else:
         rows = load_rows(source, split=split, format=format, num_proc=num_proc)
     return _read(rows, reader, filter=filter, max_samples=max_samples)
@@ -211,7 +211,7 @@ def _read(rows: Rows, reader: RowReader, *, filter: str | None, max_samples: int
     values, dropped = rows.values, {"blank_line": rows.num_blank} if rows.num_blank else {}
     name = rows.name
     if not len(values):
-        raise ValueError("there are no samples; pass at least one")
+        raise ValueError(f"{rows.source} is empty; there must be at least one sample")
     if filter is not None:
         indices, num_passed = _matching(values, rows.name, RowFilter(filter), max_samples)
         if not indices:

@@ -29,8 +29,9 @@ _BUILDERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows that can be indexed, a name for each, and how many blank lines were passed."""
+    """Rows of a source, a name for each, and how many blank lines were passed over."""
 
+    source: str
     values: Sequence[Any]
     name: Callable[[int], str]
     num_blank: int = 0
@@ -79,9 +80,15 @@ def _load_table(source: str, kind: str, *, num_proc: int) -> Rows:
     from datasets import load_dataset  # takes a second to import
 
     path = Path(source)
+    # By default "NA", "None" and "null" in a CSV file are read as missing values.
+    options = {"keep_default_na": False} if kind == "csv" else {}
     try:
         table = load_dataset(
-            _BUILDERS[kind], data_files=source, split="train", num_proc=_workers(num_proc)
+            _BUILDERS[kind],
+            data_files=source,
+            split="train",
+            num_proc=_workers(num_proc),
+            **options,
         )
     except _datasets_errors() as error:
         fault = _json_fault(path, kind) if "json" in kind and path.exists() else None
@@ -89,8 +96,8 @@ def _load_table(source: str, kind: str, *, num_proc: int) -> Rows:
         raise ValueError(f"{problem}; correct the file, or set data.format") from error
     if "json" in kind and path.exists() and _is_lines(path, kind):
         numbers = _filled_lines(path)
-        return Rows(table, lambda index: f"{path.name} line {numbers[index]}")
-    return Rows(table, lambda index: f"{path.name} row {index}")
+        return Rows(str(path), table, lambda index: f"{path.name} line {numbers[index]}")
+    return Rows(str(path), table, lambda index: f"{path.name} row {index}")
 
 
 def _load_folder(path: Path, *, split: str, num_proc: int) -> Rows:
@@ -106,7 +113,7 @@ def _load_folder(path: Path, *, split: str, num_proc: int) -> Rows:
             f"{path}: this folder cannot be read as a dataset ({_first_line(error)}); pass one of "
             "its files"
         ) from error
-    return Rows(table, lambda index: f"{path.name} row {index}")
+    return Rows(str(path), table, lambda index: f"{path.name} row {index}")
 
 
 def _load_hub(name: str, *, split: str, num_proc: int) -> Rows:
@@ -119,7 +126,7 @@ def _load_hub(name: str, *, split: str, num_proc: int) -> Rows:
             f"{name}: neither a file nor a dataset that the hub gives ({_first_line(error)}); pass "
             "a file instead"
         ) from error
-    return Rows(table, lambda index: f"{name} row {index}")
+    return Rows(name, table, lambda index: f"{name} row {index}")
 
 
 def _load_lines(path: Path) -> Rows:
@@ -128,7 +135,8 @@ def _load_lines(path: Path) -> Rows:
         lines = [line.rstrip("\r\n") for line in file]
     numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
     texts = [lines[number - 1] for number in numbers]
-    return Rows(texts, lambda index: f"{path.name} line {numbers[index]}", len(lines) - len(texts))
+    num_blank = len(lines) - len(texts)
+    return Rows(str(path), texts, lambda index: f"{path.name} line {numbers[index]}", num_blank)
 
 
 def _load_json_values(path: Path, kind: str) -> Rows:
@@ -139,9 +147,9 @@ def _load_json_values(path: Path, kind: str) -> Rows:
         with _open(path) as file:
             values = [json.loads(line) for line in file if line.strip()]
         numbers = _filled_lines(path)
-        return Rows(values, lambda index: f"{path.name} line {numbers[index]}")
+        return Rows(str(path), values, lambda index: f"{path.name} line {numbers[index]}")
     with _open(path) as file:
-        return Rows(json.load(file), lambda index: f"{path.name} row {index}")
+        return Rows(str(path), json.load(file), lambda index: f"{path.name} row {index}")
 
 
 def _head(path: Path) -> str:
@@ -162,14 +170,14 @@ def _holds_objects(path: Path, kind: str) -> bool:
 
 def _json_fault(path: Path, kind: str) -> str | None:
     """Where a JSON file stops being JSON, or None if it does not."""
+    are_lines = _is_lines(path, kind)
     with _open(path) as file:
-        pieces = enumerate(file, 1) if _is_lines(path, kind) else [(1, file.read())]
-        for number, piece in pieces:
+        for number, piece in enumerate(file if are_lines else [file.read()], 1):
             try:
                 if piece.strip():
                     json.loads(piece)
             except json.JSONDecodeError as error:
-                line = number + error.lineno - 1
+                line = number if are_lines else error.lineno
                 return f"{path} line {line}: malformed JSON ({error.msg})"
     return None
 
