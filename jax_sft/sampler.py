@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sft.model.decoder import Cache, Decoder, empty_cache, logits
+from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import constrain
 
 MAX_ROWS = 64  # prompts decoded at once
@@ -112,18 +113,9 @@ def generate_ids(
         The answers' ids, in the order of the prompts.
 
     Raises:
-        ValueError: a prompt is empty, or prompt and answer exceed the model's positions.
+        ValueError: as `check_prompts`.
     """
-    num_positions = decoder.config.num_positions
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{i}] has no token: pass some text, or set add_bos=True")
-        if len(prompt) + sampling.max_new_tokens > num_positions:
-            raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, and with max_new_tokens="
-                f"{sampling.max_new_tokens} exceeds the model's {num_positions} positions: "
-                "shorten the prompt or lower max_new_tokens"
-            )
+    check_prompts(prompts, config=decoder.config, max_new_tokens=sampling.max_new_tokens)
     answers = []
     for start in range(0, len(prompts), MAX_ROWS):
         rows = prompts[start : start + MAX_ROWS]
@@ -142,6 +134,31 @@ def generate_ids(
         state, prompt_lens_B = _start(decoder, params, padded, sampling, len(rows))
         answers += _run(loop, state, prompt_lens_B, len(rows), sampling, should_stop)
     return [_until_stop(answer, stop_ids) for answer in answers]
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], *, config: DecoderConfig, max_new_tokens: int
+) -> None:
+    """Checks that answers to these prompts can be generated.
+
+    Raises:
+        ValueError: a prompt is empty, has an id outside the vocabulary, or with its answer
+            exceeds the model's positions.
+    """
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{i}] has no token: pass some text, or set add_bos=True")
+        if max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"prompts[{i}] has token id {max(prompt)}, but the model's vocabulary has "
+                f"{config.vocab_size} entries: use the model's own tokenizer"
+            )
+        if len(prompt) + max_new_tokens > config.num_positions:
+            raise ValueError(
+                f"prompts[{i}] has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} "
+                f"exceeds the model's {config.num_positions} positions: shorten the prompt or "
+                "lower max_new_tokens"
+            )
 
 
 def _start(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from jax_sft.data.types import Batch
+from jax_sft.loss import cross_entropy
+from jax_sft.model.decoder import Decoder, vocabulary
 
 # (params, batch, key) -> (loss_sum, weight_sum)
 LossFn = Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array]]
@@ -63,6 +65,81 @@ def partition(params: dict, trained: dict) -> tuple[dict, dict]:
 def combine(kept: dict, rest: dict) -> dict:
     """Puts together what `partition` split."""
     return jax.tree.map(lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda x: x is None)
+
+
+def batch_sums(
+    decoder: Decoder,
+    params: dict,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums a batch's weighted losses, and its weights.
+
+    Args:
+        decoder: the module; with dropout on, `key` is needed.
+        params: its parameters.
+        batch: rows of packed examples.
+        key: of the dropout.
+        z_loss: see `loss.cross_entropy`.
+        label_smoothing: likewise.
+
+    Returns:
+        loss_sum and weight_sum, float32 scalars.
+    """
+    hidden_BTD, _ = decoder.apply(
+        {"params": params},
+        batch.inputs_BT,
+        batch.positions_BT,
+        batch.segment_ids_BT,
+        rngs={"dropout": key} if decoder.numerics.dropout else None,
+    )
+    return cross_entropy(
+        hidden_BTD,
+        vocabulary(decoder.config, params),
+        targets_BT=batch.targets_BT,
+        weights_BT=batch.weights_BT,
+        vocab_size=decoder.config.vocab_size,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )
+
+
+def state_structs(
+    params: dict, optimizer: optax.GradientTransformation, *, trained: dict, replicated: Any
+) -> TrainState:
+    """Describes the state of a run without making it.
+
+    An optimizer's moment lives where its parameter lives: a leaf whose path ends in a
+    parameter's path, and that has its shape, gets its sharding. What is left is small.
+
+    Args:
+        params: tree of `jax.ShapeDtypeStruct` with shardings.
+        optimizer: optax chain.
+        trained: tree of bools like the params.
+        replicated: sharding of everything else.
+
+    Returns:
+        A TrainState of `jax.ShapeDtypeStruct` with shardings.
+    """
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, trained=trained), params)
+    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        keys = _keys(path)
+        matches = (by_path[keys[i:]] for i in range(len(keys)) if keys[i:] in by_path)
+        param = next(matches, None)
+        is_alike = param is not None and param.shape == leaf.shape
+        where = param.sharding if is_alike else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def init_state(

@@ -15,7 +15,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
@@ -40,7 +39,8 @@ class Placement:
         param_dtype: "float32", "bfloat16", or "auto": float32.
         remat: what the backward pass computes again: "none", "dots" or "full".
         attention: attention backend, or "auto".
-        num_frozen_layers: bottom layers kept in a stack of their own, as training does.
+        num_layers_unfrozen: top layers that will be trained, -1 for all; the layers below
+            them are kept in a stack of their own.
     """
 
     mesh: Mesh | None = None
@@ -48,7 +48,7 @@ class Placement:
     param_dtype: str = "auto"
     remat: str = "none"
     attention: str = "auto"
-    num_frozen_layers: int = 0
+    num_layers_unfrozen: int = -1
 
     def numerics(self, *, dropout: bool = False) -> Numerics:
         """Returns the dtypes that the names stand for on this platform."""
@@ -61,6 +61,16 @@ class Placement:
             dropout=dropout,
         )
 
+    def num_frozen_layers(self, num_layers: int) -> int:
+        """Returns how many of a model's layers are not trained."""
+        unfrozen = self.num_layers_unfrozen
+        if unfrozen > num_layers:
+            raise ValueError(
+                f"model.num_layers_unfrozen={unfrozen}, but the model has {num_layers} layers: "
+                "choose at most as many, or -1 for all"
+            )
+        return 0 if unfrozen < 0 else num_layers - unfrozen
+
 
 class CausalLM:
     """A causal language model on a mesh.
@@ -72,6 +82,7 @@ class CausalLM:
         decoder: the Flax module.
         mesh: the mesh that the parameters live on.
         params: nested dict of arrays, named as in `Decoder`.
+        folder: the folder that it was opened from, or None.
         source_dtypes: the checkpoint's dtype of each of its tensors, kept on export.
     """
 
@@ -97,8 +108,9 @@ class CausalLM:
             decoder_config,
             placement.numerics(),
             vocab_padding=-decoder_config.vocab_size % sharding.num_shards(mesh, "vocab"),
-            num_frozen_layers=placement.num_frozen_layers,
+            num_frozen_layers=placement.num_frozen_layers(decoder_config.num_layers),
         )
+        self.folder: Path | None = None
         self.params: dict | None = None
         self.source_dtypes: dict[str, str] = {}
 
@@ -109,7 +121,6 @@ class CausalLM:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         placement: Placement | None = None,
-        overrides: dict[str, Any] | None = None,
     ) -> "CausalLM":
         """Loads a `transformers` model: config, weights (safetensors), tokenizer.
 
@@ -117,7 +128,6 @@ class CausalLM:
             path: a folder, or a hub name where the hub can be reached.
             tokenizer: None loads the one beside the model, if there is one.
             placement: mesh and dtypes; None for all devices and the automatic dtypes.
-            overrides: config fields to change, by name.
 
         Returns:
             The model, its parameters on the mesh.
@@ -125,63 +135,72 @@ class CausalLM:
         Raises:
             ValueError: the folder, a tensor or an option is missing or not as expected.
         """
-        folder = pretrained.resolve_folder(path)
-        config = pretrained.read_config(folder)
-        _override(config, overrides or {})
-        if tokenizer is None and pretrained.has_tokenizer(folder):
-            tokenizer = load_tokenizer(folder)
-        has_generation_config = (folder / "generation_config.json").is_file()
-        model = cls(
-            config,
-            placement=placement or Placement(),
-            tokenizer=tokenizer,
-            generation_config=GenerationConfig.from_pretrained(folder)
-            if has_generation_config
-            else None,
-            dropout_fields=overrides or (),
-        )
-        model.params, model.source_dtypes = pretrained.load_params(
-            folder, model.family, config=model.decoder.config, like=model.param_structs()
-        )
+        model = cls.open(path, tokenizer=tokenizer, placement=placement)
+        model.load()
         return model
 
     @classmethod
-    def from_config(
+    def open(
         cls,
-        fields: dict[str, Any],
+        path: str | Path | None,
         *,
-        seed: int,
+        fields: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         placement: Placement | None = None,
     ) -> "CausalLM":
-        """Builds a model with random weights.
+        """Reads what a model is, and leaves its weights to `load` or `init`.
 
         Args:
-            fields: `transformers` config fields, `model_type` among them.
-            seed: the same weights for the same seed, on any mesh.
-            tokenizer: kept with the model; its special token ids become the config's.
-            placement: as for `from_pretrained`.
+            path: a folder or a hub name; None for a model made of `fields` alone.
+            fields: `transformers` config fields, by name: those to change, or all of them,
+                `model_type` among them. A dropout rate applies only if it is named here.
+            tokenizer: None loads the one beside the model, if there is one. For a model made
+                of fields it gives the vocabulary's size and the special tokens.
+            placement: mesh and dtypes; None for all devices and the automatic dtypes.
 
         Raises:
-            ValueError: an unknown `model_type` or an option that is not built.
+            ValueError: the folder or an option is not as expected.
         """
-        special = {}
-        if tokenizer is not None:
-            names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            special = {name: getattr(tokenizer, name) for name in names}
-            special["vocab_size"] = len(tokenizer)
-        fields = {**special, **fields}
-        config = _new_config(fields)
+        fields, placement = fields or {}, placement or Placement()
+        if path is None:
+            config = _new_config(_special_tokens(tokenizer) | fields)
+            return cls(config, placement=placement, tokenizer=tokenizer, dropout_fields=fields)
+        folder = pretrained.resolve_folder(path)
+        config = pretrained.read_config(folder)
+        _override(config, fields)
+        if tokenizer is None and (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(folder)
+        generation_config = None
+        if (folder / "generation_config.json").is_file():
+            generation_config = GenerationConfig.from_pretrained(folder)
         model = cls(
-            config, placement=placement or Placement(), tokenizer=tokenizer, dropout_fields=fields
+            config,
+            placement=placement,
+            tokenizer=tokenizer,
+            generation_config=generation_config,
+            dropout_fields=fields,
         )
-        shardings = jax.tree.map(lambda struct: struct.sharding, model.param_structs())
-        init = jax.jit(
-            lambda key: nn.unbox(init_params(model.decoder, key)), out_shardings=shardings
-        )
-        with jax.set_mesh(model.mesh):
-            model.params = init(jax.random.key(seed))
+        model.folder = folder
         return model
+
+    def load(self) -> None:
+        """Reads the parameters of the folder that was opened, straight to their devices.
+
+        Raises:
+            ValueError: a file or a tensor is missing or not as expected.
+        """
+        assert self.folder is not None, "opened without a folder"
+        self.params, self.source_dtypes = pretrained.load_params(
+            self.folder, self.family, config=self.decoder.config, like=self.param_structs()
+        )
+
+    def init(self, seed: int) -> None:
+        """Draws random parameters: the same for the same seed, on any mesh."""
+        shardings = jax.tree.map(lambda struct: struct.sharding, self.param_structs())
+        decoder = self.decoder
+        draw = jax.jit(lambda key: nn.unbox(init_params(decoder, key)), out_shardings=shardings)
+        with jax.set_mesh(self.mesh):
+            self.params = draw(jax.random.key(seed))
 
     def param_structs(self) -> dict:
         """Returns each parameter's shape, dtype and sharding, as `jax.ShapeDtypeStruct`s."""
@@ -295,20 +314,12 @@ class CausalLM:
         stop_sequences: Sequence[str],
         seed: int,
         gen_kwargs: dict[str, Any],
-        params: dict | None = None,
     ) -> list[str]:
-        """Continues prompts given as ids; `params` stand in for the model's own."""
+        """Continues prompts given as ids; see `generate`."""
         known = [field.name for field in dataclasses.fields(sampler.Sampling)]
         for name in gen_kwargs:
             if name not in known:
                 raise ValueError(f"gen_kwargs has no {name!r}: choose among {known}")
-        vocab_size = self.decoder.config.vocab_size
-        for i, prompt in enumerate(prompts):
-            if max(prompt, default=0) >= vocab_size:
-                raise ValueError(
-                    f"prompts[{i}] has token id {max(prompt)}, but the model's vocabulary has "
-                    f"{vocab_size} entries: use the model's own tokenizer"
-                )
 
         def should_stop(answer: list[int]) -> bool:
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
@@ -317,7 +328,7 @@ class CausalLM:
         with jax.set_mesh(self.mesh):
             answers = sampler.generate_ids(
                 self.decoder,
-                self.params if params is None else params,
+                self.params,
                 prompts,
                 sampling=sampler.Sampling(**gen_kwargs),
                 stop_ids=self.stop_ids,
@@ -327,22 +338,19 @@ class CausalLM:
             )
         return decode_outputs(answers, self.tokenizer, stop_sequences=stop_sequences)
 
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: str | None = None, params: dict | None = None
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> None:
         """Writes a folder that `transformers` loads: weights, configs, tokenizer.
 
         Args:
             folder: made if missing; files of the same names are replaced.
             dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's dtype in the
                 checkpoint it came from, and the parameters' own where there was none.
-            params: stand in for the model's own.
         """
         pretrained.save_params(
             Path(folder),
             self.family,
             config=self.decoder.config,
-            params=self.params if params is None else params,
+            params=self.params,
             source_dtypes=self.source_dtypes,
             dtype=dtype,
         )
@@ -363,6 +371,14 @@ def _logits(
 ) -> jax.Array:
     hidden_BTD, _ = decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
     return logits(decoder.config, params, hidden_BTD)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
+    return {"vocab_size": len(tokenizer), **ids}
 
 
 def _new_config(fields: dict[str, Any]) -> Any:

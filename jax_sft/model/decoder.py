@@ -73,6 +73,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Normalises each token's hidden state."""
         width, dtype = self.config.width, self.numerics.param_dtype
         scale_D = self.param("scale", _axes(nn.initializers.ones, "norm"), (width,), dtype)
         bias_D = self.param("bias", _axes(nn.initializers.zeros, "norm"), (width,), dtype)
@@ -104,6 +105,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Projects x as the einsum says."""
         dtype, param_dtype = self.numerics.dtype, self.numerics.param_dtype
         init = nn.initializers.normal(self.init_std)
         kernel = self.param("kernel", _axes(init, *self.axes), self.shape, param_dtype)
@@ -128,6 +130,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, tokens: Tokens, cache: Cache | None, layer: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
+        """Returns what is added to the residual stream, and the cache with these tokens."""
         c = self.config
         D, H, K, C = c.width, c.num_heads, c.num_kv_heads, c.head_width
 
@@ -176,6 +179,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns what is added to the residual stream."""
         c, n = self.config, self.numerics
         D, F = c.width, c.mlp_width
         up = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), 1, c.init_std, n, name="up")
@@ -194,6 +198,7 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], tokens: Tokens, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """Takes and returns (x_BTD, cache), as `nn.scan` wants it."""
         x_BTD, cache = carry
         c, n = self.config, self.numerics
         dropout = nn.Dropout(c.residual_dropout, deterministic=not n.dropout)
@@ -279,6 +284,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Returns x_BTD in the compute dtype."""
         c, n = self.config, self.numerics
         normal = nn.initializers.normal(c.init_std)
         tokens_VD = _vocabulary_param(self, "tokens", c, n, self.vocab_padding)
@@ -302,6 +308,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
+        """Returns the table, so that it is made when parameters are."""
         return _vocabulary_param(self, "kernel", self.config, self.numerics, self.vocab_padding)
 
 
@@ -356,8 +363,16 @@ def _is_boxed(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
 
 
+class _Named(nn.Partitioned):
+    """A parameter with the names of its axes; what they mean on a mesh is `sharding.py`'s."""
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """Returns the array; flax would look for the names on the mesh."""
+        return self.value
+
+
 def _axes(init: Callable, *axes: str) -> Callable:
-    return nn.with_partitioning(init, axes)
+    return lambda *args: _Named(init(*args), axes)
 
 
 def _broadcast(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,0 +1,39 @@
+"""python -m jax_sft.main --config=FILE [--config.section.key=value ...]: trains.
+
+In: flags. Out: a run's folder (see README). A user's mistake ends in one line and exit code 2,
+a run stopped by SIGTERM in a checkpoint and exit code 75 (see `train.STOPPED`).
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from jax_sft.config import config_from_flags, help_text
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains as the flags say.
+
+    Raises:
+        ValueError: the flags, the config or the data are not as they must be.
+    """
+    if not argv or {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{help_text()}")
+        return
+    config = config_from_flags(argv)
+    config.validate()
+    from jax_sft.train import train  # after the flags are known to be right: it takes seconds
+
+    train(config=config)
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command's main on the command line; a user's mistake exits with code 2."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_command(main)

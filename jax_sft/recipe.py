@@ -1,0 +1,228 @@
+"""The config, turned into what will run, before there is any array: model, batches, update.
+
+In: a validated config, the tokenizer, the inputs. Out: a model without weights, the plan of
+batches, and the compiled train step with the shapes and shardings of the state it works on.
+Whatever can be known to be wrong before weights are read is an error here.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from transformers import PreTrainedTokenizerBase
+
+from jax_sft.config import SFTConfig
+from jax_sft.data.batches import Batches
+from jax_sft.data.types import Batch, Examples
+from jax_sft.evaluate import sweep
+from jax_sft.inputs import Inputs
+from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.optimizer import make_optimizer, make_schedule, trained_mask
+from jax_sft.sampler import Sampling, check_prompts
+from jax_sft.sharding import make_mesh, named_sharding, num_shards
+from jax_sft.train_step import (
+    StepMetrics,
+    TrainState,
+    batch_sums,
+    init_state,
+    state_structs,
+    train_step,
+)
+
+
+class Update(NamedTuple):
+    """One compiled optimizer step.
+
+    Attributes:
+        init: makes the state of step 0 from the model's parameters, which it takes over.
+        step: (state, batch) to (state, metrics); the state is donated.
+        structs: the state's shapes, dtypes and shardings.
+        compile_seconds: what compiling the step took.
+    """
+
+    init: Callable[[dict], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    structs: TrainState
+    compile_seconds: float
+
+
+def open_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase | None) -> CausalLM:
+    """Builds the model that the config describes, without weights.
+
+    Raises:
+        ValueError: no such model, or rows that do not fit its positions or the mesh.
+    """
+    model = config.model
+    mesh = make_mesh(**config.mesh.to_dict())
+    opened = CausalLM.open(
+        None if model.init == "random" else model.model_path,
+        fields=model.config.to_dict(),
+        tokenizer=tokenizer,
+        placement=Placement(
+            mesh=mesh,
+            dtype=model.dtype,
+            param_dtype=model.param_dtype,
+            remat=model.remat,
+            attention=model.attention,
+            num_layers_unfrozen=model.num_layers_unfrozen,
+        ),
+    )
+    num_positions = opened.decoder.config.num_positions
+    if config.train.seq_length > num_positions:
+        raise ValueError(
+            f"train.seq_length={config.train.seq_length}, but the model has {num_positions} "
+            "positions: set it to at most that"
+        )
+    _check_divides(config, "train.seq_length", config.train.seq_length, num_shards(mesh, "tokens"))
+    rows = config.train.minibatch_size or config.train.batch_size
+    name = "train.minibatch_size" if config.train.minibatch_size else "train.batch_size"
+    _check_divides(config, name, rows, num_shards(mesh, "batch"))
+    return opened
+
+
+def _check_divides(config: SFTConfig, name: str, size: int, ways: int) -> None:
+    if size % ways:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in config.mesh.items())
+        raise ValueError(
+            f"{name}={size} does not divide over {ways} devices of the mesh ({sizes}): choose a "
+            f"multiple of {ways}"
+        )
+
+
+def check_inputs(config: SFTConfig, model: CausalLM, inputs: Inputs) -> None:
+    """Checks that token ids and prompts fit the model.
+
+    Raises:
+        ValueError: an id outside the vocabulary, a bad gen_kwargs value, or a prompt that with
+            its output is longer than the model's positions.
+    """
+    decoder = model.decoder.config
+    examples = [some for some in (inputs.examples, inputs.eval_examples) if some is not None]
+    largest = max(
+        (int(part.max()) for some in examples for part in (some.inputs, some.targets) if part.size),
+        default=0,
+    )
+    if largest >= decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer made token id {largest}, but the model's vocabulary has "
+            f"{decoder.vocab_size} entries: set tokenizer.tokenizer_path to the model's own"
+        )
+    samplings = [Sampling(**kwargs) for _, kwargs in sweep(config.method.gen_kwargs.to_dict())]
+    if inputs.prompts is not None:
+        longest = max(sampling.max_new_tokens for sampling in samplings)
+        check_prompts(inputs.prompts.ids, config=decoder, max_new_tokens=longest)
+
+
+def make_batches(config: SFTConfig, examples: Examples) -> Batches:
+    """Plans the batches of all epochs."""
+    return Batches(
+        examples,
+        seq_length=config.train.seq_length,
+        batch_size=config.train.batch_size,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        packing=config.data.packing,
+    )
+
+
+def make_eval_batches(config: SFTConfig, examples: Examples) -> Batches:
+    """Plans one pass over held-out examples, packed as in training, in their own order."""
+    return Batches(
+        examples,
+        seq_length=config.train.seq_length,
+        batch_size=config.train.minibatch_size or config.train.batch_size,
+        seed=config.train.seed,
+        shuffle=False,
+        packing=config.data.packing,
+    )
+
+
+def trained_params(config: SFTConfig, model: CausalLM) -> dict:
+    """Returns a tree of bools like the params: which of them are trained."""
+
+    def name(path: tuple) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    structs = model.param_structs()
+    names = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(structs)]
+    trained = trained_mask(names, config.model.num_layers_unfrozen)
+    return jax.tree_util.tree_map_with_path(lambda path, _: trained[name(path)], structs)
+
+
+def compile_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update:
+    """Compiles the train step, once, for the run's shapes and shardings.
+
+    Args:
+        config: the run's config.
+        model: opened; its weights are not needed.
+        num_steps: steps of the whole run, for schedules that end with it.
+    """
+    train, method, mesh = config.train, config.method, model.mesh
+    trained = trained_params(config, model)
+    optimizer, schedule = _make_optimizer(config, num_steps)
+    structs = state_structs(
+        model.param_structs(), optimizer, trained=trained, replicated=named_sharding(mesh)
+    )
+    shardings = jax.tree.map(lambda struct: struct.sharding, structs)
+    step = functools.partial(
+        train_step,
+        loss_fn=functools.partial(
+            batch_sums,
+            model.training_decoder,
+            z_loss=method.z_loss,
+            label_smoothing=method.label_smoothing,
+        ),
+        optimizer=optimizer,
+        schedule=schedule,
+        trained=trained,
+        num_microbatches=train.batch_size // (train.minibatch_size or train.batch_size),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        seed=train.seed,
+    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named_sharding(mesh)))
+    init = functools.partial(init_state, optimizer=optimizer, trained=trained)
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        compiled = jitted.lower(structs, batch_structs(config, model)).compile()
+        seconds = time.perf_counter() - start
+        make_state = jax.jit(init, donate_argnums=0, out_shardings=shardings)
+    return Update(make_state, compiled, structs, seconds)
+
+
+def batch_structs(config: SFTConfig, model: CausalLM) -> Batch:
+    """Describes one global batch."""
+    shape = (config.train.batch_size, config.train.seq_length)
+    where = named_sharding(model.mesh, "batch", "tokens")
+    ints = jax.ShapeDtypeStruct(shape, "int32", sharding=where)
+    floats = jax.ShapeDtypeStruct(shape, "float32", sharding=where)
+    return Batch(ints, ints, floats, ints, ints)
+
+
+def _make_optimizer(
+    config: SFTConfig, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    kwargs: dict[str, Any] = config.optimizer.kwargs.to_dict()
+    schedule = make_schedule(
+        config.scheduler.name,
+        config.scheduler.kwargs.to_dict(),
+        lr=kwargs.pop("lr"),
+        warmup_steps=config.scheduler.warmup_steps,
+        total_steps=num_steps,
+    )
+    optimizer = make_optimizer(
+        config.optimizer.name, kwargs, schedule=schedule, decay_mask=_decay_mask
+    )
+    return optimizer, schedule
+
+
+def _decay_mask(params: dict) -> dict:
+    """Weight decay is for matrices: norms and biases are left alone."""
+
+    def decays(path: tuple, _: Any) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decays, params)

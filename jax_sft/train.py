@@ -1,0 +1,433 @@
+"""train(): the whole run, in order; and SFTTrainer, what it leaves in the user's hands.
+
+In: a config, samples, prompts, a metric. Out: a trained model, and a run's folder (see
+`run_folder.py`). Nothing is computed here: this file says what happens when.
+"""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from jax_sft import flops, run_folder
+from jax_sft.checkpoint import Checkpoints
+from jax_sft.config import SFTConfig, default_sft_config
+from jax_sft.data.batches import prefetch
+from jax_sft.data.report import data_report, print_report
+from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
+from jax_sft.inputs import Inputs, find_tokenizer, load_inputs
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model_card import write_model_card
+from jax_sft.progress import Progress
+from jax_sft.recipe import (
+    check_inputs,
+    compile_update,
+    make_batches,
+    make_eval_batches,
+    open_model,
+)
+from jax_sft.run_folder import BEST, CHECKPOINTS, CONFIG, DATA_REPORT, FINAL
+from jax_sft.sharding import describe_mesh, named_sharding
+from jax_sft.tracking import Tracker
+from jax_sft.train_step import TrainState, batch_sums
+
+STOPPED = 75  # exit code of a run that SIGTERM stopped in a checkpoint: start it again
+
+
+def train(
+    model_path: str | None = None,
+    samples: Any = None,
+    eval_prompts: Any = None,
+    metric_fn: MetricFn | None = None,
+    config: SFTConfig | None = None,
+    stop_sequences: Sequence[str] = (),
+    eval_samples: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> "SFTTrainer":
+    """Fine-tunes a causal language model on samples.
+
+    Args:
+        model_path: hub name or folder; None: config.model.model_path.
+        samples: a sequence of strings, or of [prompt, output, prompt, output, ...] lists, or a
+            `datasets.Dataset`; None: config.data.train.
+        eval_prompts: strings, or dicts with "prompt" and metadata; None: config.data.eval_prompts.
+        metric_fn: metric_fn(samples=, prompts=, outputs=, **metadata) -> {name: numbers}, one
+            number a sample or one for all; None: config.data.metric_fn.
+        config: None for `default_sft_config()`; it is not changed.
+        stop_sequences: strings that end an output; none: config.data.stop_sequences.
+        eval_samples: held-out samples for eval/loss; None: config.data.eval.
+        tokenizer: None loads config.tokenizer.tokenizer_path, or the model's own.
+
+    Returns:
+        The trainer, with the trained model.
+
+    Raises:
+        ValueError: the config or the data are not as they must be; one line says what to do.
+        FloatingPointError: a step's loss or gradient was not finite.
+    """
+    config = (default_sft_config() if config is None else config).evolve()
+    if model_path is not None:
+        config.model.model_path = str(model_path)
+    config.validate()
+    run_folder.check_writable(Path(config.train.checkpoint_dir))
+    tokenizer = find_tokenizer(config, tokenizer)
+    model = open_model(config, tokenizer)
+    inputs = load_inputs(
+        config,
+        tokenizer=tokenizer,
+        samples=samples,
+        eval_samples=eval_samples,
+        eval_prompts=eval_prompts,
+        metric_fn=metric_fn,
+        stop_sequences=stop_sequences,
+    )
+    trainer = SFTTrainer(config, model=model, inputs=inputs)
+    trainer.learn()
+    return trainer
+
+
+class SFTTrainer:
+    """A run: its model, its data, its folder.
+
+    Attributes:
+        config: the resolved config.
+        model: the model; its params are the run's newest.
+        inputs: tokenizer, examples, prompts, metric.
+        run_dir: the run's folder.
+        num_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, config: SFTConfig, *, model: CausalLM, inputs: Inputs) -> None:
+        check_inputs(config, model, inputs)
+        self.config, self.model, self.inputs = config, model, inputs
+        self.run_dir = Path(config.train.checkpoint_dir)
+        self._batches = make_batches(config, inputs.examples)
+        self._row_sharding = named_sharding(model.mesh, "batch", "tokens")
+        self.num_steps = min(self._batches.num_steps, config.train.total_steps)
+        self.data_report = data_report(
+            inputs.examples,
+            inputs.counts,
+            plan=self._batches.plan(0),
+            steps_per_epoch=self._batches.steps_in_epoch(0),
+        )
+        self._best: float | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict a log line, as metrics.jsonl holds them."""
+        return self._tracker.history
+
+    def learn(self) -> None:
+        """Trains: from the start, or from where the run to resume stood."""
+        config = self.config.train
+        first, state = self._start()
+        self.model.params = state.params
+        if first == 0:
+            self._evaluate(0)
+        place = functools.partial(self._batches.place, sharding=self._row_sharding)
+        batches = prefetch(place, range(first, self.num_steps))
+        with jax.set_mesh(self.model.mesh), sigterm_asks_to_stop() as stop:
+            with contextlib.closing(batches):
+                for step, batch in enumerate(batches, start=first + 1):
+                    state, metrics = self._update.step(state, batch)
+                    self.model.params = state.params
+                    self._progress.add(step, metrics)
+                    self._checkpoints.poll()
+                    is_last = step == self.num_steps
+                    if step % config.eval_interval == 0 or is_last:
+                        self._evaluate(step)
+                    if step % config.checkpoint_interval == 0 or is_last or stop.is_set():
+                        self._save(step, state)
+                    if stop.is_set() and not is_last:
+                        self._stop(step)
+        self._finish()
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the model as it is now.
+
+        Returns:
+            eval/loss and eval/perplexity where there are eval samples; metrics/... where there
+            are prompts and a metric_fn; seconds under time/...
+        """
+        return self._measure()[0]
+
+    def generate(self, prompts: Sequence[str], **gen_kwargs: Any) -> list[str]:
+        """Continues each prompt with the model as it is now.
+
+        Args:
+            prompts: texts, or [prompt, output, ..., prompt] texts.
+            **gen_kwargs: over those of config.method.gen_kwargs, such as max_new_tokens=40.
+
+        Returns:
+            The outputs, without their prompts, in order.
+        """
+        configured = self.config.method.gen_kwargs.to_dict()
+        fixed = {k: v for k, v in configured.items() if not isinstance(v, list)}
+        return self.model.generate(
+            prompts,
+            stop_sequences=self.inputs.stop_sequences,
+            seed=self.config.train.seed,
+            add_bos=self.config.tokenizer.add_bos,
+            add_eos=self.config.tokenizer.add_eos,
+            **(fixed | gen_kwargs),
+        )
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> None:
+        """Writes the model as it is now, as a folder that `transformers` loads.
+
+        Args:
+            folder: made if missing.
+            dtype: "float32", "bfloat16" or "float16"; None keeps the source checkpoint's.
+        """
+        self.model.save_pretrained(folder, dtype=dtype)
+        if jax.process_index() == 0:
+            write_model_card(
+                Path(folder),
+                config=self.config.to_dict(),
+                data_report=self.data_report,
+                history=self.history,
+            )
+
+    def _start(self) -> tuple[int, TrainState]:
+        """Prints what will run, then makes the state or restores it."""
+        config, model = self.config, self.model
+        resume_dir = run_folder.find_resume_folder(
+            self.run_dir, config.train.resume_from_checkpoint
+        )
+        self._print_start()
+        self._update = compile_update(config, model, num_steps=self.num_steps)
+        say(f"compiled    the train step in {self._update.compile_seconds:.1f} s")
+        restored = None if resume_dir is None else self._restore(resume_dir)
+        if restored is None:
+            if config.model.init == "random":
+                model.init(config.train.seed)
+            else:
+                model.load()
+        step, state, data = restored or (0, self._update.init(model.params), {})
+        goes_on = restored is not None and resume_dir.resolve() == self.run_dir.resolve()
+        self._open_folder(step if goes_on else None)
+        self._best = data["best"] if data else None
+        self._progress = Progress(
+            self._tracker,
+            num_steps=self.num_steps,
+            log_interval=config.train.log_interval,
+            describe=self._batches.describe,
+            flops_a_step=self._flops_a_step(),
+            peak_flops=self._peak_flops(),
+            num_tokens=data["tokens"] if data else 0,
+            num_trained=data["trained_tokens"] if data else 0,
+        )
+        return step, state
+
+    def _restore(self, folder: Path) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """Reads the newest complete checkpoint, if `folder` has one or must have one."""
+        is_auto = self.config.train.resume_from_checkpoint == "auto"
+        try:
+            checkpoints = Checkpoints.open_for_reading(folder)
+        except ValueError:
+            if is_auto:  # killed before its first checkpoint
+                return None
+            raise
+        step = checkpoints.latest()
+        data = checkpoints.read_data(step)
+        if data["fingerprint"] != self._batches.fingerprint:
+            raise ValueError(
+                f"the checkpoint in {folder} was trained on other data, or in another order: keep "
+                "samples, seq_length, batch_size, seed, shuffle and packing to resume it, or start "
+                "anew in another train.checkpoint_dir"
+            )
+        state = checkpoints.restore(step, self._update.structs)
+        say(f"resumed     {folder} at step {step}")
+        return step, state, data
+
+    def _open_folder(self, resume_step: int | None) -> None:
+        config, is_writer = self.config, jax.process_index() == 0
+        if is_writer:
+            if resume_step is None and (old := run_folder.set_aside(self.run_dir)):
+                say(f"{self.run_dir} held an earlier run, which is now {old}")
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            run_folder.write_json(self.run_dir / CONFIG, config.to_dict())
+            run_folder.write_json(self.run_dir / DATA_REPORT, self.data_report)
+        train = config.train
+        self._checkpoints = Checkpoints(
+            self.run_dir, keep=train.keep_checkpoints, is_writer=is_writer
+        )
+        self._tracker = Tracker(
+            self.run_dir,
+            kind=train.tracker,
+            logging_dir=train.logging_dir,
+            project_name=train.project_name,
+            run_name=train.run_name,
+            entity_name=train.entity_name,
+            group_name=train.group_name,
+            tags=train.tags,
+            config=config.to_dict(),
+            resume_step=resume_step,
+            is_writer=is_writer,
+        )
+
+    def _measure(self) -> tuple[dict[str, float], list[Table]]:
+        """Computes the eval loss, and generates from the prompts and scores the outputs."""
+        config, inputs, model = self.config, self.inputs, self.model
+        metrics: dict[str, float] = {}
+        tables: list[Table] = []
+        if inputs.eval_examples is not None:
+            batches = make_eval_batches(config, inputs.eval_examples)
+            placed = (batches.place(i, self._row_sharding) for i in range(batches.num_steps))
+            with jax.set_mesh(model.mesh):
+                sums = functools.partial(_eval_sums, model.decoder, model.params)
+                metrics |= evaluate_loss(sums, placed, name="eval")
+        if inputs.prompts is not None:
+            scores, tables = evaluate_prompts(
+                lambda gen_kwargs: model.generate_from_ids(
+                    inputs.prompts.ids,
+                    stop_sequences=inputs.stop_sequences,
+                    seed=config.train.seed,
+                    gen_kwargs=gen_kwargs,
+                ),
+                prompts=inputs.prompts.texts,
+                metadata=inputs.prompts.metadata,
+                gen_kwargs=config.method.gen_kwargs.to_dict(),
+                metric_fn=inputs.metric_fn,
+            )
+            metrics |= scores
+        return metrics, tables
+
+    def _evaluate(self, step: int) -> None:
+        """Measures, logs, shows samples, and keeps the best model."""
+        self._progress.flush()
+        with self._progress.paused():
+            metrics, tables = self._measure()
+            if not metrics:
+                return
+            self._tracker.log(step, metrics)
+            for table in tables:
+                self._tracker.table(step, *table)
+            self._tracker.progress(step, self.num_steps, metrics)
+            self._keep_best(metrics)
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        train = self.config.train
+        if train.best_metric is None or not train.save_best:
+            return
+        name, sign = split_best_metric(train.best_metric)
+        if name not in metrics:
+            raise ValueError(
+                f"train.best_metric names {name!r}, which is not measured: choose one of "
+                f"{sorted(metrics)}"
+            )
+        if self._best is None or sign * metrics[name] > sign * self._best:
+            self._best = metrics[name]
+            self.save_pretrained(self.run_dir / BEST)
+            say(f"best {name} so far: {self._best:.4g}; saved {self.run_dir / BEST}")
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self._progress.flush()
+        with self._progress.paused():
+            data = {
+                "fingerprint": self._batches.fingerprint,
+                "tokens": self._progress.num_tokens,
+                "trained_tokens": self._progress.num_trained,
+                "best": self._best,
+            }
+            saved = state if self.config.train.save_optimizer else state._replace(opt_state=())
+            self._checkpoints.save(step, saved, data)
+
+    def _stop(self, step: int) -> None:
+        """Ends a run that was asked to stop, with what it has on disk."""
+        self._close()
+        say(f"stopped by SIGTERM at step {step}; go on with train.resume_from_checkpoint=auto")
+        raise SystemExit(STOPPED)
+
+    def _finish(self) -> None:
+        self._close()
+        final = self.run_dir / FINAL
+        self.save_pretrained(final)
+        say(f"saved   {final}  (weights, tokenizer, model card; transformers loads it)")
+        say(f"saved   {self.run_dir / CHECKPOINTS}  (to resume), {self.run_dir / 'metrics.jsonl'}")
+        say(f'try it  python -m jax_sft.generate --model={final} --prompt="..."')
+
+    def _close(self) -> None:
+        self._checkpoints.close()
+        self._tracker.close()
+
+    def _print_start(self) -> None:
+        if jax.process_index():
+            return
+        config, model = self.config, self.model
+        numerics, train = model.decoder.numerics, config.train
+        say(f"devices     {describe_mesh(model.mesh)}")
+        say(
+            f"precision   {numerics.param_dtype.__name__} parameters, {numerics.dtype.__name__} "
+            "compute; norms, softmax, loss and sums in float32"
+        )
+        parts = train.batch_size // (train.minibatch_size or train.batch_size)
+        say(f"model       {model.config.model_type}, {model.num_params:,} parameters")
+        say(
+            f"batch       {train.batch_size} rows x {train.seq_length} tokens = "
+            f"{train.batch_size * train.seq_length:,} tokens a step, in {parts} microbatch(es) "
+            f"over {model.mesh.size} device(s)"
+        )
+        say(f"steps       {self.num_steps:,} ({self._batches.steps_in_epoch(0):,} an epoch)")
+        if self._peak_flops() is not None:
+            say(f"mfu         {flops.FORMULA}")
+        print_report(self.data_report)
+
+    def _flops_a_step(self) -> float:
+        decoder, train = self.model.decoder.config, self.config.train
+        return flops.train_flops(
+            num_params=self.model.num_params,
+            num_layers=decoder.num_layers,
+            attention_width=decoder.num_heads * decoder.head_width,
+            row_len=train.seq_length,
+            num_tokens=train.batch_size * train.seq_length,
+        )
+
+    def _peak_flops(self) -> float | None:
+        mesh = self.model.mesh
+        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+        return None if peak is None else peak * mesh.size
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def split_best_metric(best_metric: str) -> tuple[str, int]:
+    """Returns a metric's name, and 1 where more is better, else -1.
+
+    "max:metrics/x" and "min:eval/loss" say it; without a word, losses and perplexities are
+    better when lower, and everything else when higher.
+    """
+    direction, colon, name = best_metric.partition(":")
+    if not colon:
+        name = best_metric
+        direction = "min" if name.endswith(("loss", "perplexity")) else "max"
+    return name, 1 if direction == "max" else -1
+
+
+@contextlib.contextmanager
+def sigterm_asks_to_stop() -> Iterator[threading.Event]:
+    """Turns SIGTERM, which clusters send before they take a machine back, into an event."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # signals reach the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _eval_sums(decoder, params, batch):
+    return batch_sums(decoder, params, batch)
