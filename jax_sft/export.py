@@ -1,0 +1,44 @@
+"""python -m jax_sft.export --checkpoint_dir=DIR --output=DIR: a checkpoint to `transformers`.
+
+In: a run's folder and a step of it. Out: a folder that `transformers` loads, on any mesh. Only
+the parameters are read, not the optimizer's state.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_sft.main import run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes a step of a run as a `transformers` folder.
+
+    Raises:
+        ValueError: no such run or step, or its files are damaged.
+    """
+    parser = argparse.ArgumentParser("python -m jax_sft.export", description=__doc__)
+    parser.add_argument("--checkpoint_dir", required=True, help="a run's folder")
+    parser.add_argument("--step", type=int, help="a checkpoint's step; the newest if left out")
+    parser.add_argument("--output", required=True, help="the folder to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    args = parser.parse_args(argv)
+    from jax_sft.checkpoint import Checkpoints  # after --help: these take seconds
+    from jax_sft.config import SFTConfig
+    from jax_sft.inputs import find_tokenizer
+    from jax_sft.recipe import open_model
+
+    run_dir = Path(args.checkpoint_dir)
+    checkpoints = Checkpoints.open_for_reading(run_dir)
+    step = checkpoints.latest() if args.step is None else args.step
+    config = SFTConfig.from_dict(json.loads((run_dir / "config.json").read_text("utf-8")))
+    model = open_model(config, find_tokenizer(config, None))
+    like = {"params": model.param_structs()}
+    model.params = checkpoints.restore(step, like, part="params/")["params"]
+    model.save_pretrained(args.output, dtype=args.dtype)
+    print(f"saved step {step} of {run_dir} to {args.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

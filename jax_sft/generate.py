@@ -1,0 +1,48 @@
+"""python -m jax_sft.generate --model=DIR --prompt=TEXT [--prompt=...]: prompts a model.
+
+In: a `transformers` folder, such as a run's hf_model, and prompts. Out: each prompt with its
+output. Sampling is what `--max_new_tokens` and its like say; without a word it is greedy.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from jax_sft.main import run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints what the model makes of each prompt.
+
+    Raises:
+        ValueError: the folder holds no model, or a prompt does not fit.
+    """
+    parser = argparse.ArgumentParser("python -m jax_sft.generate", description=__doc__)
+    parser.add_argument("--model", required=True, help="a transformers folder, or a hub name")
+    parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends an output")
+    parser.add_argument("--max_new_tokens", type=int, default=40)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    from jax_sft.model.causal_lm import CausalLM  # after --help: it takes seconds
+
+    model = CausalLM.from_pretrained(args.model)
+    outputs = model.generate(
+        args.prompt,
+        stop_sequences=args.stop,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+    for prompt, output in zip(args.prompt, outputs, strict=True):
+        print(f"{prompt}{output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
