@@ -233,7 +233,17 @@ def test_prompts_that_cannot_be_generated_from():
         prompt_ids(["a", "b"], packaged_bytes())
     with pytest.raises(ValueError, match="'' has no tokens and the tokenizer adds no BOS"):
         prompt_ids("", packaged_bytes())
+    with pytest.raises(ValueError, match="prompt holds None; pass a str"):
+        prompt_ids(["a", None, "b"], packaged_bytes())
     assert prompt_ids("", metaspace()) == [metaspace().bos_token_id]
+
+
+def test_a_prompt_needs_an_eos_only_where_an_output_ends_in_it():
+    assert prompt_ids("abc", without_specials()) == [97, 98, 99]
+    with pytest.raises(ValueError, match="has no EOS token"):
+        prompt_ids(["a", "b", "c"], without_specials())
+    assert prompt_ids(["a", "b", "c"], packaged_bytes()) == [97, 98, EOS, 99]
+    assert prompt_ids(["a", "b", "c"], packaged_bytes(), add_eos="last") == [97, 98, 99]
 
 
 def test_outputs_are_cut_at_the_earliest_stop_sequence_and_stripped():

@@ -8,6 +8,7 @@ ahead of the device by one thread.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections import deque
@@ -111,7 +112,7 @@ class Batches:
             raise ValueError(f"step is {step}; this run has steps 0 to {self.num_steps - 1}")
         return divmod(step, self._steps_an_epoch)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the data and of the options that decide which step sees what.
 

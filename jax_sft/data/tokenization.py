@@ -283,17 +283,21 @@ def prompt_ids(
         ValueError: the prompt does not end in a prompt, or has no token at all.
     """
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"prompt holds {text!r}; pass a str, or a list of str")
     if len(texts) % 2 == 0:
         raise ValueError(
             f"prompt has {len(texts)} texts; pass [prompt, output, ..., prompt], which ends in a "
             "prompt and so has an odd number"
         )
+    ends = [add_eos is True and index % 2 == 1 for index in range(len(texts))]
     [dialogue] = encode_dialogues(
         [texts],
         tokenizer,
-        ends=[[add_eos is True and index % 2 == 1 for index in range(len(texts))]],
+        ends=[ends],
         bos_ids=_bos_ids(tokenizer, add_bos),
-        eos_id=_eos_id(tokenizer, add_eos),
+        eos_id=_eos_id(tokenizer, add_eos) if any(ends) else None,
     )
     ids = [*dialogue.bos_ids, *itertools.chain.from_iterable(dialogue.pieces)]
     if not ids:
