@@ -72,6 +72,14 @@ def saved_run(run_dir, steps=(5, 10), keep=3):
     return run_dir
 
 
+def wait_for_poll(checkpoints):
+    deadline = time.monotonic() + 30
+    while (completed := checkpoints.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return completed
+
+
 def files_under(folder):
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -135,9 +143,7 @@ def test_poll_sees_the_end_and_the_newest_are_kept(tmp_path):
     assert checkpoints.poll() is None
     for step in (1, 2, 3, 4):
         checkpoints.save(step, make_state(step), {})
-        while (completed := checkpoints.poll()) is None:
-            time.sleep(0.01)
-        assert completed == checkpoints.latest() == step
+        assert wait_for_poll(checkpoints) == checkpoints.latest() == step
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 
@@ -152,8 +158,7 @@ def test_old_steps_stay_until_the_new_manifest_stands(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_manifest", fail)
     checkpoints.save(10, make_state(10), {})
     with pytest.raises(OSError, match="No space left"):
-        while checkpoints.poll() is None:
-            time.sleep(0.01)
+        wait_for_poll(checkpoints)
     assert checkpoints.latest() == 5
     monkeypatch.undo()
     checkpoints.save(10, make_state(10), {}, wait=True)  # the error was told once
@@ -213,12 +218,11 @@ def test_incomplete_steps_are_ignored_and_removed_by_the_next_writer(tmp_path):
 
 def test_a_damaged_file_is_not_restored(tmp_path):
     saved_run(tmp_path)
-    folder = tmp_path / "checkpoints" / "10"
-    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(largest.read_bytes())
+    values = next((tmp_path / "checkpoints" / "10").glob("ocdbt.process_0/d/*"))
+    content = bytearray(values.read_bytes())
     content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    message = f"{re.escape(str(largest))} is damaged.*delete .*10 to use step 5"
+    values.write_bytes(content)
+    message = f"{re.escape(str(values))} is damaged.*delete .*10 to use step 5"
     with pytest.raises(ValueError, match=message):
         Checkpoints.open_for_reading(tmp_path).restore(10, like(make_state(10)))
 

@@ -1,0 +1,265 @@
+"""A family's name table, with shapes: which block of their tensors is which block of ours.
+
+In comes the table of `families/` and our parameters' shapes; out come the names and shapes
+that a checkpoint must have, what a given one has too much or too little, and any block of a
+parameter, read from the files. Import and export share this one reading of the table.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from jax_sft.model.types import DecoderConfig, Family, Tensor
+from jax_sft.model.weight_files import FLOATS, WeightFiles
+
+_MAX_LISTED = 8
+_COMPARED_ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One of our parameters, as columns of one of their tensors.
+
+    Attributes:
+        stacks: (path, first layer) of the leaves that hold it; two where layers are split.
+        shape: of one layer's, without the vocabulary's padding.
+        num_row_axes: how many of its axes are rows of theirs; the others are columns.
+        first_column: where its columns begin.
+    """
+
+    stacks: tuple[tuple[str, int], ...]
+    shape: tuple[int, ...]
+    num_row_axes: int
+    first_column: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A row of the name table with its shapes.
+
+    Attributes:
+        tensor: the row.
+        parts: ours, in the order of their columns.
+        shape: theirs, as it is in the file.
+        num_layers: 0 where it is not stacked.
+    """
+
+    tensor: Tensor
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    num_layers: int
+
+    @property
+    def names(self) -> list[str]:
+        """Their names, layer by layer."""
+        return [self.tensor.theirs.format(layer=layer) for layer in range(self.num_layers or 1)]
+
+
+def find_kinds(family: Family, config: DecoderConfig, leaves: dict[str, Any]) -> list[Kind]:
+    """Puts shapes to the name table.
+
+    Args:
+        family: has the table.
+        config: the decoder's.
+        leaves: our parameters, or their structs, by path.
+    """
+    kinds = [_find_kind(tensor, config, leaves) for tensor in family.tensors(config)]
+    known = {path for kind in kinds for part in kind.parts for path, _ in part.stacks}
+    assert known == set(leaves), f"not both in table and parameters: {known ^ set(leaves)}"
+    return kinds
+
+
+def find_names(
+    files: WeightFiles, kinds: list[Kind], family: Family, config: DecoderConfig
+) -> dict[str, str]:
+    """Maps their names to those in the files, which may lack the base model's prefix.
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape, all of them listed.
+    """
+    wanted = {name: kind.shape for kind in kinds for name in kind.names}
+    untied = family.tensors(dataclasses.replace(config, tied_head=False))
+    tied = {tensor.theirs for tensor in untied} - {kind.tensor.theirs for kind in kinds}
+    names, tied_names, unknown = {}, [], []
+    for name in files.specs:
+        spellings = [spelling for spelling in (name, family.prefix + name) if spelling in wanted]
+        if spellings and spellings[0] not in names:
+            names[spellings[0]] = name
+        elif name in tied:
+            tied_names.append(name)
+        elif not _is_buffer(name, family):
+            unknown.append(name)
+    _tie(files, kinds, names, tied_names)
+    problems = {
+        "missing": [name for name in wanted if name not in names],
+        "unknown": unknown,
+        "of another shape than config.json says": [
+            f"{name} {list(files.specs[name].shape)} instead of {list(wanted[theirs])}"
+            for theirs, name in names.items()
+            if files.specs[name].shape != wanted[theirs]
+        ],
+        "no floating-point numbers": [
+            f"{name} ({files.specs[name].dtype})"
+            for name in names.values()
+            if files.specs[name].dtype not in FLOATS
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(_tell(what, found) for what, found in problems.items() if found)
+        raise ValueError(
+            f"weights in {files.folder} do not fit its config.json: {told}; pass the folder of one"
+            " whole model"
+        )
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReader:
+    """Reads any block of one of our leaves, in the leaf's dtype.
+
+    Attributes:
+        files: the checkpoint.
+        names: from `find_names`.
+        kind: the row of the table.
+        part: which of its parts.
+        first_layer: the model's layer that the leaf's first entry is.
+        dtype: the leaf's.
+    """
+
+    files: WeightFiles
+    names: dict[str, str]
+    kind: Kind
+    part: Part
+    first_layer: int
+    dtype: Any
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns the block at `index`; what pads the vocabulary is zero."""
+        block = np.zeros([axis.stop - axis.start for axis in index], self.dtype)
+        if not self.kind.num_layers:
+            self._fill(block, self.kind.tensor.theirs, index)
+            return block
+        layers = range(self.first_layer + index[0].start, self.first_layer + index[0].stop)
+        for target, layer in zip(block, layers, strict=True):
+            self._fill(target, self.kind.tensor.theirs.format(layer=layer), index[1:])
+        return block
+
+    def _fill(self, block: np.ndarray, theirs: str, index: tuple[slice, ...]) -> None:
+        shape, split = self.part.shape, self.part.num_row_axes
+        if self.kind.tensor.vocabulary:
+            stop = min(index[0].stop, shape[0])
+            if stop <= index[0].start:
+                return
+            index = (slice(index[0].start, stop), *index[1:])
+            block = block[: stop - index[0].start]
+        column, column_axes, column_index = _merge(index[split:], shape[split:])
+        first = self.part.first_column
+        ranges = (slice(first + column.start, first + column.stop),)
+        row_axes, row_index = (), ()
+        if split:
+            row, row_axes, row_index = _merge(index[:split], shape[:split])
+            ranges = (row, *ranges)
+        if self.kind.tensor.transpose:
+            values = self.files.read(self.names[theirs], ranges[::-1]).T
+        else:
+            values = self.files.read(self.names[theirs], ranges)
+        block[...] = values.reshape(row_axes + column_axes)[row_index + column_index]
+
+
+def _find_kind(tensor: Tensor, config: DecoderConfig, leaves: dict[str, Any]) -> Kind:
+    is_stacked = "{layer}" in tensor.theirs
+    parts, num_columns = [], 0
+    for path in tensor.ours:
+        stacks, num_layers = [], 0
+        for stack in (f"frozen_{path}", path) if is_stacked else (path,):
+            if stack in leaves:
+                stacks.append((stack, num_layers))
+                num_layers += leaves[stack].shape[0]
+        assert stacks, f"{path} is in the name table only"
+        assert not is_stacked or num_layers == config.num_layers, path
+        shape = leaves[stacks[0][0]].shape[int(is_stacked) :]
+        if tensor.vocabulary:
+            shape = (config.vocab_size, *shape[1:])
+        split = _num_row_axes(path, len(shape))
+        parts.append(Part(tuple(stacks), shape, split, num_columns))
+        num_columns += math.prod(shape[split:])
+    rows = (math.prod(shape[:split]),) if split else ()
+    theirs = (*rows, num_columns)
+    return Kind(
+        tensor,
+        tuple(parts),
+        theirs[::-1] if tensor.transpose else theirs,
+        config.num_layers if is_stacked else 0,
+    )
+
+
+def _num_row_axes(path: str, num_axes: int) -> int:
+    """Returns how many axes are inputs: of [H, C, D] two, of [D, H, C] one, of a bias none."""
+    if path.endswith(("/bias", "/scale")):
+        return 0
+    return num_axes - 1 if path.endswith("/out/kernel") else 1
+
+
+def _merge(
+    index: tuple[slice, ...], shape: tuple[int, ...]
+) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
+    """Turns a block of some axes into a range of them merged.
+
+        index [1:3, 0:2] of shape [4, 8]  ->  range 8:24, axes (2, 8), index [:, 0:2] of those
+
+    Returns:
+        The smallest range of whole entries of the first axis, the axes that it splits into,
+        and where the block is in them.
+    """
+    inner = math.prod(shape[1:])
+    merged = slice(index[0].start * inner, index[0].stop * inner)
+    return merged, (index[0].stop - index[0].start, *shape[1:]), (slice(None), *index[1:])
+
+
+def _tie(
+    files: WeightFiles, kinds: list[Kind], names: dict[str, str], tied_names: list[str]
+) -> None:
+    """Lets a tied head stand in for a missing embedding; else they must be equal.
+
+    `transformers` does not tie tensors that differ, whatever the config says.
+    """
+    embedding = next(kind.tensor.theirs for kind in kinds if "embed/tokens" in kind.tensor.ours)
+    for name in tied_names:
+        if embedding not in names:
+            names[embedding] = name
+        elif not _are_equal(files, name, names[embedding]):
+            raise ValueError(
+                f"weights in {files.folder}: {name} differs from {names[embedding]}, but"
+                " config.json ties them; set model.config.tie_word_embeddings=False"
+            )
+
+
+def _are_equal(files: WeightFiles, name: str, other: str) -> bool:
+    shape = files.specs[name].shape
+    if files.specs[other].shape != shape:
+        return False
+    blocks = (
+        (
+            slice(first, min(first + _COMPARED_ROWS, shape[0])),
+            *(slice(0, size) for size in shape[1:]),
+        )
+        for first in range(0, shape[0], _COMPARED_ROWS)
+    )
+    return all(np.array_equal(files.read(name, at), files.read(other, at)) for at in blocks)
+
+
+def _is_buffer(name: str, family: Family) -> bool:
+    spellings = (name, family.prefix + name)
+    return any(
+        re.fullmatch(pattern, spelling)
+        for pattern, spelling in itertools.product(family.buffers, spellings)
+    )
+
+
+def _tell(what: str, found: list[str]) -> str:
+    more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
+    return f"{len(found)} {what}: {', '.join(found[:_MAX_LISTED])}{more}"

@@ -1,0 +1,277 @@
+"""A `transformers` folder to sharded parameters, and back, by a family's name table.
+
+In comes a folder (or hub name); out come parameters on their mesh, each process having read
+only the bytes of its own devices; and the other way. The table in `families/` says which of
+their tensors is which of ours; here it is turned into slices. safetensors only: a pickle is
+never opened. Nothing is kept on the host but the piece under way.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_sft.model.name_table import BlockReader, Kind, find_kinds, find_names
+from jax_sft.model.types import DecoderConfig, Family
+from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, write_weights
+
+STAGING_BYTES = 2 << 30
+MAX_SHARD_BYTES = 5 * 10**9
+_GATHER_BYTES = 256 << 20
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """Returns the local folder of a model: `path` itself, or a hub model's download.
+
+    Raises:
+        ValueError: there is no such folder, and the hub does not give one.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or len(folder.parts) > 2 or folder.is_absolute():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"model_path {path} {what}; pass a folder with config.json and model.safetensors,"
+            " or a hub name"
+        )
+    from huggingface_hub import snapshot_download  # takes time; folders do without
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_path {str(path)!r} is no folder here, and the hub cannot be reached or has no"
+            f" such model ({type(error).__name__}); pass a folder with config.json and"
+            " model.safetensors"
+        ) from None
+
+
+def read_config(path: str | Path) -> Any:
+    """Returns the `transformers` config of a folder or hub name; code in it never runs.
+
+    Raises:
+        ValueError: there is no config, or transformers does not know its model type.
+    """
+    from transformers import AutoConfig  # takes seconds
+
+    folder = resolve_folder(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model folder {folder} has no config.json; pass a folder that"
+            " transformers' save_pretrained wrote"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{folder / 'config.json'} cannot be read ({reason}); pass a folder that"
+            " transformers' save_pretrained wrote"
+        ) from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a tokenizer lies beside the model."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_params(
+    folder: Path,
+    family: Family,
+    *,
+    config: DecoderConfig,
+    like: dict,
+    staging_bytes: int = STAGING_BYTES,
+) -> tuple[dict, dict[str, str]]:
+    """Reads a checkpoint straight to sharded parameters.
+
+    Args:
+        folder: has `model.safetensors`, or shards and their index.
+        family: its name table.
+        config: says what the table holds, and the vocabulary's true size.
+        like: tree of `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes, a
+            padded vocabulary ends in rows of zeros, and the layers may stand in the two
+            stacks "frozen_layers" and "layers".
+        staging_bytes: most bytes on the host beyond the parameters themselves.
+
+    Returns:
+        The parameters, and the checkpoint's dtype of each tensor by its `transformers` name.
+
+    Raises:
+        ValueError: no weights, a damaged file, or tensors that are missing, extra or of
+            another shape, all of them listed.
+    """
+    files = WeightFiles(folder)
+    leaves = _by_path(like)
+    kinds = find_kinds(family, config, leaves)
+    names = find_names(files, kinds, family, config)
+    params = {}
+    for kind in kinds:
+        for part in kind.parts:
+            for path, first_layer in part.stacks:
+                reader = BlockReader(files, names, kind, part, first_layer, leaves[path].dtype)
+                params[path] = _place(reader, leaves[path], staging_bytes)
+    dtypes = {theirs: files.specs[name].dtype for theirs, name in names.items()}
+    ordered = [params[path] for path in leaves]
+    return jax.tree.unflatten(jax.tree.structure(like), ordered), dtypes
+
+
+def _by_path(tree: dict) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def save_params(
+    folder: Path,
+    family: Family,
+    *,
+    config: DecoderConfig,
+    params: dict,
+    source_dtypes: dict[str, str],
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes parameters as a checkpoint that `transformers` loads.
+
+    Every process takes part; process 0 writes, holding one tensor at a time.
+
+    Args:
+        folder: made where it is missing; its weights are replaced, its other files stay.
+        family: its name table.
+        config: says what the table holds, and the vocabulary's true size.
+        params: the parameters, laid out as for `load_params`.
+        source_dtypes: dtype of a tensor by its `transformers` name, as `load_params` gave;
+            a tensor that it lacks is written in its parameter's dtype.
+        dtype: "float32", "bfloat16" or "float16" for all tensors instead.
+        max_shard_bytes: bytes of tensors in one file.
+
+    Raises:
+        ValueError: an unknown dtype, or the folder cannot be written.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(FLOATS)}")
+    leaves = _by_path(params)
+    entries = {}
+    for kind, layer in _in_file_order(find_kinds(family, config, leaves)):
+        theirs = kind.tensor.theirs.format(layer=layer)
+        own = leaves[kind.parts[0].stacks[0][0]].dtype.name
+        spec = TensorSpec(kind.shape, dtype or source_dtypes.get(theirs, own))
+        entries[theirs] = (spec, kind, layer)
+    # Wider elements first, as the format's own writer has it: every tensor is then aligned.
+    order = sorted(entries, key=lambda name: -jnp.dtype(entries[name][0].dtype).itemsize)
+    specs = {name: entries[name][0] for name in order}
+    tensors = (
+        _gather_tensor(kind, layer, leaves).astype(jnp.dtype(spec.dtype))
+        for spec, kind, layer in map(entries.get, order)
+    )
+    if jax.process_index() == 0:
+        write_weights(folder, specs, tensors, max_shard_bytes=max_shard_bytes)
+    else:
+        for _ in tensors:  # takes part in the gathers
+            pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("weights written")
+
+
+def _place(reader: BlockReader, struct: jax.ShapeDtypeStruct, staging_bytes: int) -> jax.Array:
+    """Fills an array shard by shard; devices that hold the same shard read it once."""
+    places = struct.sharding.addressable_devices_indices_map(struct.shape)
+    devices_by_index: dict[tuple, list[jax.Device]] = {}
+    for device, index in places.items():
+        bounds = [axis.indices(size) for axis, size in zip(index, struct.shape, strict=True)]
+        key = tuple((start, stop) for start, stop, _ in bounds)
+        devices_by_index.setdefault(key, []).append(device)
+    shards = {}
+    for key, devices in devices_by_index.items():
+        index = tuple(slice(start, stop) for start, stop in key)
+        shards.update(_place_shard(reader, index, devices, staging_bytes))
+    return jax.make_array_from_single_device_arrays(
+        struct.shape, struct.sharding, [shards[device] for device in places]
+    )
+
+
+def _place_shard(
+    reader: BlockReader, index: tuple[slice, ...], devices: list[jax.Device], staging_bytes: int
+) -> dict[jax.Device, jax.Array]:
+    """Fills one shard, in pieces along its first axis where it is above the budget."""
+    shape = [axis.stop - axis.start for axis in index]
+    row_bytes = math.prod(shape[1:]) * jnp.dtype(reader.dtype).itemsize
+    # The piece, what it was cast from, and on CPU its copy on the device.
+    rows = max(1, staging_bytes // (3 * row_bytes))
+    if rows >= shape[0]:
+        block = reader(index)
+        # Waited for, so that one block at a time is on the host.
+        return {device: jax.block_until_ready(jax.device_put(block, device)) for device in devices}
+    shards = {device: jnp.zeros(shape, reader.dtype, device=device) for device in devices}
+    for first in range(0, shape[0], rows):
+        start = index[0].start + first
+        block = reader((slice(start, min(start + rows, index[0].stop)), *index[1:]))
+        for device in devices:
+            piece = jax.device_put(block, device)
+            shards[device] = jax.block_until_ready(_set_rows(shards[device], piece, first))
+    return shards
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_rows(array: jax.Array, rows: jax.Array, first: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)
+
+
+def _in_file_order(kinds: list[Kind]) -> Iterator[tuple[Kind, int]]:
+    """Yields what comes before the layers, layer after layer, and what comes behind."""
+    for _, group in itertools.groupby(kinds, key=lambda kind: kind.num_layers):
+        members = list(group)
+        for layer in range(members[0].num_layers or 1):
+            yield from ((kind, layer) for kind in members)
+
+
+def _gather_tensor(kind: Kind, layer: int, leaves: dict[str, jax.Array]) -> np.ndarray:
+    """Brings one of their tensors to the host, as it is in the file but for the dtype."""
+    columns = []
+    for part in kind.parts:
+        if kind.num_layers:
+            path, first = next(stack for stack in reversed(part.stacks) if stack[1] <= layer)
+            values = _gather_rows(leaves[path], layer - first, layer - first + 1)
+        else:
+            values = _gather_rows(leaves[part.stacks[0][0]], 0, part.shape[0])
+        rows = [math.prod(part.shape[: part.num_row_axes])] if part.num_row_axes else []
+        columns.append(values.reshape([*rows, -1]))
+    theirs = np.concatenate(columns, axis=-1)
+    return theirs.T if kind.tensor.transpose else theirs
+
+
+def _gather_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
+    """Brings rows of a sharded array to the host, some at a time, to spare the devices."""
+    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+    step = max(1, _GATHER_BYTES // row_bytes)
+    whole = None if array.is_fully_addressable else NamedSharding(array.sharding.mesh, P())
+    blocks = []
+    for first in range(start, stop, step):
+        rows = _get_rows(array, first, min(step, stop - first), whole)
+        blocks.append(np.asarray(rows if whole is None else rows.addressable_data(0)))
+    return np.concatenate(blocks)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _get_rows(
+    array: jax.Array, first: int, num_rows: int, whole: NamedSharding | None
+) -> jax.Array:
+    rows = jax.lax.dynamic_slice_in_dim(array, first, num_rows, axis=0)
+    return rows if whole is None else jax.lax.with_sharding_constraint(rows, whole)
