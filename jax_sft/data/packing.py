@@ -95,15 +95,16 @@ def plan_rows(
     if packing == "none":
         order = rng.permutation(num_examples) if shuffle else np.arange(num_examples)
         return Plan(order, np.arange(num_examples + 1), num_tokens, row_len)
-    if shuffle:
-        row_of_N, slot_of_N, num_rows = _best_fit(lengths_N, row_len, rng)
-        row_of_N = rng.permutation(num_rows).astype(np.int32)[row_of_N]
-        row_starts = np.cumsum(np.bincount(row_of_N, minlength=num_rows))
-        row_starts = np.concatenate([[0], row_starts])
-        examples_N = np.empty(num_examples, np.int64)
-        examples_N[row_starts[row_of_N] + slot_of_N] = np.arange(num_examples)
-        return Plan(examples_N, row_starts, num_tokens, row_len)
-    return _plan_in_order(lengths_N, row_len, num_tokens)
+    if not shuffle:
+        return _plan_in_order(lengths_N, row_len, num_tokens)
+    order_N, row_N, slot_N, num_rows = _best_fit(lengths_N, row_len, rng)
+    rank_R = rng.permutation(num_rows)
+    sizes_R = np.empty(num_rows, np.int64)
+    sizes_R[rank_R] = np.bincount(row_N, minlength=num_rows)
+    row_starts = np.concatenate([[0], np.cumsum(sizes_R)])
+    examples_N = np.empty(num_examples, np.int64)
+    examples_N[row_starts[rank_R][row_N] + slot_N] = order_N
+    return Plan(examples_N, row_starts, num_tokens, row_len)
 
 
 def _plan_in_order(lengths_N: np.ndarray, row_len: int, num_tokens: int) -> Plan:
@@ -114,11 +115,12 @@ def _plan_in_order(lengths_N: np.ndarray, row_len: int, num_tokens: int) -> Plan
     row_of_N = np.empty(len(lengths_N), np.int64)
     num_rows = 0
     for lo, hi in itertools.pairwise(starts.tolist()):
-        rows, _, num_new = _best_fit(lengths_N[lo:hi], row_len, None)
-        _, firsts = np.unique(rows, return_index=True)
+        order, rows, _, num_new = _best_fit(lengths_N[lo:hi], row_len, None)
+        firsts = np.full(num_new, hi - lo)
+        np.minimum.at(firsts, rows, order)
         rank = np.empty(num_new, np.int64)
         rank[np.argsort(firsts)] = np.arange(num_new)
-        row_of_N[lo:hi] = num_rows + rank[rows]
+        row_of_N[lo + order] = num_rows + rank[rows]
         num_rows += num_new
     examples_N = np.argsort(row_of_N, kind="stable")
     row_starts = np.concatenate([[0], np.cumsum(np.bincount(row_of_N, minlength=num_rows))])
@@ -127,11 +129,12 @@ def _plan_in_order(lengths_N: np.ndarray, row_len: int, num_tokens: int) -> Plan
 
 def _best_fit(
     lengths_N: np.ndarray, row_len: int, rng: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Best-fit decreasing, all examples of one length at a time.
 
     Returns:
-        The row of each example, its slot within the row (both int32), the number of rows.
+        The examples, longest first; the row of each, and its slot within the row, in the
+        same order (all int32); the number of rows.
     """
     order_N = np.arange(len(lengths_N), dtype=np.int32)
     if rng is not None:
@@ -140,7 +143,7 @@ def _best_fit(
     keys_N = lengths_N[order_N].astype(np.uint16 if row_len < 2**16 else np.int64)
     order_N = order_N[np.argsort(keys_N, kind="stable")[::-1]]
     counts = np.bincount(keys_N)
-    placed_rows, placed_slots = np.empty_like(order_N), np.empty_like(order_N)
+    row_N, slot_N = np.empty_like(order_N), np.empty_like(order_N)
     stacks = _Stacks()
     num_rows = num_placed = 0
     for length in np.flatnonzero(counts)[::-1].tolist():
@@ -158,18 +161,15 @@ def _best_fit(
                 rows, used = stacks.pop(room, -(-left // num_each))
             num_taken = min(left, len(rows) * num_each)
             span = slice(num_placed, num_placed + num_taken)
-            placed_rows[span] = np.repeat(rows, num_each)[:num_taken]
+            row_N[span] = np.repeat(rows, num_each)[:num_taken]
             slots = used[:, None] + np.arange(num_each, dtype=np.int32)
-            placed_slots[span] = slots.reshape(-1)[:num_taken]
+            slot_N[span] = slots.reshape(-1)[:num_taken]
             num_placed += num_taken
             # The last of these rows may have taken fewer than the others.
             num_last = num_taken - (len(rows) - 1) * num_each
             stacks.push(room - num_each * length, rows[:-1], used[:-1] + num_each)
             stacks.push(room - num_last * length, rows[-1:], used[-1:] + num_last)
-    row_of_N, slot_of_N = np.empty_like(order_N), np.empty_like(order_N)
-    row_of_N[order_N] = placed_rows
-    slot_of_N[order_N] = placed_slots
-    return row_of_N, slot_of_N, num_rows
+    return order_N, row_N, slot_N, num_rows
 
 
 class _Stacks:
