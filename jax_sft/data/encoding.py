@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What stands in front of a continuation while it is encoded. White space would merge
-# with a text that starts with white space, a letter with one that starts with a letter.
-_BEFORE_WORDS = ("\n", ":", "0", "a")
-_BEFORE_SPACE = ("a", ":", "0")
+# What stands in front of a continuation while it is encoded: the first that does not merge.
+_SENTINELS = ("\n", ":", "0", "a")
 
 
 @dataclass
@@ -63,26 +61,16 @@ def encode_continuations(
     next one; where none does, the text is encoded by itself.
     """
     found: dict[int, list[int]] = {}
-    for attempt in range(len(_BEFORE_WORDS)):
-        waiting = [
-            (index, sentinels[attempt])
-            for index, text in enumerate(texts)
-            if index not in found and attempt < len(sentinels := _sentinels(text))
-        ]
-        known = sorted({sentinel for _, sentinel in waiting})
-        leads = dict(zip(known, encode(known, tokenizer), strict=True))
-        behind = encode([sentinel + texts[index] for index, sentinel in waiting], tokenizer)
-        for (index, sentinel), ids in zip(waiting, behind, strict=True):
-            lead = leads[sentinel]
+    for sentinel in _SENTINELS:
+        waiting = [index for index in range(len(texts)) if index not in found]
+        [lead] = encode([sentinel], tokenizer) if waiting else [[]]
+        rows = encode([sentinel + texts[index] for index in waiting], tokenizer)
+        for index, ids in zip(waiting, rows, strict=True):
             if lead and ids[: len(lead)] == lead:
                 found[index] = ids[len(lead) :]
     alone = [index for index in range(len(texts)) if index not in found]
     found.update(zip(alone, encode([texts[index] for index in alone], tokenizer), strict=True))
     return [found[index] for index in range(len(texts))]
-
-
-def _sentinels(text: str) -> tuple[str, ...]:
-    return _BEFORE_SPACE if text[:1].isspace() else _BEFORE_WORDS
 
 
 def encode_dialogues(
