@@ -5,7 +5,6 @@ the parameters are read, not the optimizer's state.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +27,15 @@ def main(argv: Sequence[str]) -> None:
     from jax_sft.config import SFTConfig
     from jax_sft.inputs import find_tokenizer
     from jax_sft.recipe import open_model
+    from jax_sft.run_folder import read_config
 
     run_dir = Path(args.checkpoint_dir)
     checkpoints = Checkpoints.open_for_reading(run_dir)
     step = checkpoints.latest() if args.step is None else args.step
-    config = SFTConfig.from_dict(json.loads((run_dir / "config.json").read_text("utf-8")))
+    config = SFTConfig.from_dict(read_config(run_dir))
+    config.mesh = {}  # this machine's devices, not those that the run had
     model = open_model(config, find_tokenizer(config, None))
+    model.source_dtypes = checkpoints.read_data(step)["source_dtypes"]
     like = {"params": model.param_structs()}
     model.params = checkpoints.restore(step, like, part="params/")["params"]
     model.save_pretrained(args.output, dtype=args.dtype)

@@ -5,6 +5,7 @@ that names the batch of a step that did not go well. Looking one step late keeps
 busy; whoever saves or evaluates calls `flush` first, so that nothing bad is saved over good.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class Progress:
         self._describe = describe
         self._flops_a_step, self._peak_flops = flops_a_step, peak_flops
         self._pending: tuple[int, StepMetrics] | None = None
+        self._is_first = True
         self._start_interval()
 
     def add(self, step: int, metrics: StepMetrics) -> None:
@@ -87,7 +89,8 @@ class Progress:
             raise FloatingPointError(
                 f"step {step} was not taken: loss {metrics.loss}, gradient norm "
                 f"{metrics.grad_norm}, {metrics.num_trained} trained tokens; "
-                f"{self._describe(step - 1)}; look at these samples, lower optimizer.kwargs.lr or set optimizer.max_grad_norm"
+                f"{self._describe(step - 1)}; look at these samples, lower optimizer.kwargs.lr "
+                "or set optimizer.max_grad_norm"
             )
         self.num_tokens += int(metrics.num_tokens)
         self.num_trained += int(metrics.num_trained)
@@ -114,7 +117,10 @@ class Progress:
             flops = self._flops_a_step * self._interval_steps
             line["mfu"] = flops / seconds / self._peak_flops
         self._tracker.log(step, line)
-        self._tracker.progress(step, self._num_steps, line)
+        # The first step warms up: what it takes says little about the time left.
+        shown = line | {"seconds_left": math.inf} if self._is_first else line
+        self._is_first = False
+        self._tracker.progress(step, self._num_steps, shown)
 
     def _start_interval(self) -> None:
         self._started = time.perf_counter()

@@ -34,30 +34,28 @@ from jax_sft.train_step import (
 
 
 class Update(NamedTuple):
-    """One compiled optimizer step.
+    """One optimizer step, and the state that it works on.
 
     Attributes:
         init: makes the state of step 0 from the model's parameters, which it takes over.
-        step: (state, batch) to (state, metrics); the state is donated.
+        step: (state, batch) to (state, metrics), jitted; the state is donated.
         structs: the state's shapes, dtypes and shardings.
-        compile_seconds: what compiling the step took.
     """
 
     init: Callable[[dict], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    step: Any
     structs: TrainState
-    compile_seconds: float
 
 
 def open_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase | None) -> CausalLM:
     """Builds the model that the config describes, without weights.
 
     Raises:
-        ValueError: no such model, or rows that do not fit its positions or the mesh.
+        ValueError: no such model, or one that does not divide over the mesh.
     """
     model = config.model
     mesh = make_mesh(**config.mesh.to_dict())
-    opened = CausalLM.open(
+    return CausalLM.open(
         None if model.init == "random" else model.model_path,
         fields=model.config.to_dict(),
         tokenizer=tokenizer,
@@ -70,17 +68,25 @@ def open_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase | None) -> 
             num_layers_unfrozen=model.num_layers_unfrozen,
         ),
     )
-    num_positions = opened.decoder.config.num_positions
-    if config.train.seq_length > num_positions:
+
+
+def check_rows(config: SFTConfig, model: CausalLM) -> None:
+    """Checks that a batch's rows fit the model's positions and divide over its mesh.
+
+    Raises:
+        ValueError: they do not.
+    """
+    train, mesh = config.train, model.mesh
+    num_positions = model.decoder.config.num_positions
+    if train.seq_length > num_positions:
         raise ValueError(
-            f"train.seq_length={config.train.seq_length}, but the model has {num_positions} "
-            "positions: set it to at most that"
+            f"train.seq_length={train.seq_length}, but the model has {num_positions} positions: "
+            "set it to at most that"
         )
-    _check_divides(config, "train.seq_length", config.train.seq_length, num_shards(mesh, "tokens"))
-    rows = config.train.minibatch_size or config.train.batch_size
-    name = "train.minibatch_size" if config.train.minibatch_size else "train.batch_size"
+    _check_divides(config, "train.seq_length", train.seq_length, num_shards(mesh, "tokens"))
+    name = "train.minibatch_size" if train.minibatch_size else "train.batch_size"
+    rows = train.minibatch_size or train.batch_size
     _check_divides(config, name, rows, num_shards(mesh, "batch"))
-    return opened
 
 
 def _check_divides(config: SFTConfig, name: str, size: int, ways: int) -> None:
@@ -93,12 +99,13 @@ def _check_divides(config: SFTConfig, name: str, size: int, ways: int) -> None:
 
 
 def check_inputs(config: SFTConfig, model: CausalLM, inputs: Inputs) -> None:
-    """Checks that token ids and prompts fit the model.
+    """Checks that token ids and prompts fit the model, and that best_metric can be measured.
 
     Raises:
-        ValueError: an id outside the vocabulary, a bad gen_kwargs value, or a prompt that with
-            its output is longer than the model's positions.
+        ValueError: an id outside the vocabulary, a bad gen_kwargs value, a prompt that with its
+            output is longer than the model's positions, or a best_metric without its data.
     """
+    _check_best_metric(config, inputs)
     decoder = model.decoder.config
     examples = [some for some in (inputs.examples, inputs.eval_examples) if some is not None]
     largest = max(
@@ -114,6 +121,39 @@ def check_inputs(config: SFTConfig, model: CausalLM, inputs: Inputs) -> None:
     if inputs.prompts is not None:
         longest = max(sampling.max_new_tokens for sampling in samplings)
         check_prompts(inputs.prompts.ids, config=decoder, max_new_tokens=longest)
+
+
+def split_best_metric(best_metric: str) -> tuple[str, int]:
+    """Returns a metric's name, and 1 where more is better, else -1.
+
+    "max:metrics/x" and "min:eval/loss" say it; without a word, losses and perplexities are
+    better when lower, and everything else when higher.
+    """
+    direction, colon, name = best_metric.partition(":")
+    if not colon:
+        name = best_metric
+        direction = "min" if name.endswith(("loss", "perplexity")) else "max"
+    return name, 1 if direction == "max" else -1
+
+
+def _check_best_metric(config: SFTConfig, inputs: Inputs) -> None:
+    """A metric that is never measured would be noticed hours later, by a missing best/."""
+    if config.train.best_metric is None:
+        return
+    name, _ = split_best_metric(config.train.best_metric)
+    is_scored = inputs.prompts is not None and inputs.metric_fn is not None
+    remedies = {
+        "eval/": (inputs.eval_examples is not None, "pass eval_samples or set data.eval"),
+        "metrics/": (is_scored, "pass eval_prompts and a metric_fn"),
+    }
+    for start, (is_measured, remedy) in remedies.items():
+        if name.startswith(start) and not is_measured:
+            raise ValueError(f"train.best_metric is {name!r}, which is not measured: {remedy}")
+    if not name.startswith(tuple(remedies)):
+        raise ValueError(
+            f"train.best_metric is {name!r}: expected eval/loss, eval/perplexity or metrics/..., "
+            "which evaluations measure"
+        )
 
 
 def make_batches(config: SFTConfig, examples: Examples) -> Batches:
@@ -153,8 +193,8 @@ def trained_params(config: SFTConfig, model: CausalLM) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: trained[name(path)], structs)
 
 
-def compile_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update:
-    """Compiles the train step, once, for the run's shapes and shardings.
+def make_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update:
+    """Puts the train step together; nothing is computed yet.
 
     Args:
         config: the run's config.
@@ -185,12 +225,21 @@ def compile_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Upd
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named_sharding(mesh)))
     init = functools.partial(init_state, optimizer=optimizer, trained=trained)
-    with jax.set_mesh(mesh):
-        start = time.perf_counter()
-        compiled = jitted.lower(structs, batch_structs(config, model)).compile()
-        seconds = time.perf_counter() - start
-        make_state = jax.jit(init, donate_argnums=0, out_shardings=shardings)
-    return Update(make_state, compiled, structs, seconds)
+    return Update(jax.jit(init, donate_argnums=0, out_shardings=shardings), jitted, structs)
+
+
+def compile_step(
+    config: SFTConfig, model: CausalLM, update: Update
+) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]], float]:
+    """Compiles the train step, once, for the run's shapes and shardings.
+
+    Returns:
+        (state, batch) to (state, metrics), and the seconds that compiling took.
+    """
+    start = time.perf_counter()
+    with jax.set_mesh(model.mesh):
+        compiled = update.step.lower(update.structs, batch_structs(config, model)).compile()
+    return compiled, time.perf_counter() - start
 
 
 def batch_structs(config: SFTConfig, model: CausalLM) -> Batch:

@@ -12,6 +12,8 @@ from typing import Any
 CONFIG = "config.json"
 DATA_REPORT = "data_report.json"
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 FINAL = "hf_model"
 BEST = "best"
 
@@ -60,9 +62,17 @@ def set_aside(run_dir: Path) -> Path | None:
     if not (run_dir / CONFIG).is_file():
         return None
     number = 1
-    while (other := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+    place = run_dir.resolve()  # "." has no name
+    while (other := place.with_name(f"{place.name}.{number}")).exists():
         number += 1
-    return run_dir.rename(other)
+    try:
+        place.rename(other)
+    except OSError as error:
+        raise ValueError(
+            f"{run_dir} holds an earlier run, and cannot be renamed to {other} "
+            f"({error.strerror}): set train.checkpoint_dir to another folder"
+        ) from None
+    return run_dir.with_name(other.name) if run_dir.name == place.name else other
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -70,3 +80,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Returns what a run's config.json holds.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    path = run_dir / CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): pass a run's folder, which holds "
+            f"{CONFIG} and {CHECKPOINTS}/"
+        ) from None

@@ -6,38 +6,45 @@ In: a config, samples, prompts, a metric. Out: a trained model, and a run's fold
 
 import contextlib
 import functools
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from jax_sft import flops, run_folder
+from jax_sft import run_folder
 from jax_sft.checkpoint import Checkpoints
 from jax_sft.config import SFTConfig, default_sft_config
+from jax_sft.config_keys import shortened
 from jax_sft.data.batches import prefetch
-from jax_sft.data.report import data_report, print_report
+from jax_sft.data.report import data_report
 from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
 from jax_sft.inputs import Inputs, find_tokenizer, load_inputs
+from jax_sft.interrupt import STOPPED, sigterm_asks_to_stop
 from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model_card import write_model_card
+from jax_sft.profiling import profiled
 from jax_sft.progress import Progress
 from jax_sft.recipe import (
+    Update,
     check_inputs,
-    compile_update,
+    check_rows,
+    compile_step,
     make_batches,
     make_eval_batches,
+    make_update,
     open_model,
+    split_best_metric,
 )
-from jax_sft.run_folder import BEST, CHECKPOINTS, CONFIG, DATA_REPORT, FINAL
-from jax_sft.sharding import describe_mesh, named_sharding
+from jax_sft.run_folder import BEST, CHECKPOINTS, CONFIG, DATA_REPORT, FINAL, METRICS, TENSORBOARD
+from jax_sft.sharding import named_sharding
+from jax_sft.startup import flops_a_step, peak_flops, print_start, say
 from jax_sft.tracking import Tracker
 from jax_sft.train_step import TrainState, batch_sums
 
-STOPPED = 75  # exit code of a run that SIGTERM stopped in a checkpoint: start it again
+# What a checkpoint's data says, before there is one.
+_NOTHING_YET = {"tokens": 0, "trained_tokens": 0}
 
 
 def train(
@@ -49,6 +56,11 @@ def train(
     stop_sequences: Sequence[str] = (),
     eval_samples: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    reward_fn: None = None,
+    rewards: None = None,
+    prompts: None = None,
+    dataset: None = None,
 ) -> "SFTTrainer":
     """Fine-tunes a causal language model on samples.
 
@@ -63,6 +75,10 @@ def train(
         stop_sequences: strings that end an output; none: config.data.stop_sequences.
         eval_samples: held-out samples for eval/loss; None: config.data.eval.
         tokenizer: None loads config.tokenizer.tokenizer_path, or the model's own.
+        reward_fn: refused, as are the next three: in trlX they ask for other methods than SFT.
+        rewards: refused.
+        prompts: refused.
+        dataset: refused.
 
     Returns:
         The trainer, with the trained model.
@@ -71,6 +87,7 @@ def train(
         ValueError: the config or the data are not as they must be; one line says what to do.
         FloatingPointError: a step's loss or gradient was not finite.
     """
+    _refuse(reward_fn=reward_fn, rewards=rewards, prompts=prompts, dataset=dataset)
     config = (default_sft_config() if config is None else config).evolve()
     if model_path is not None:
         config.model.model_path = str(model_path)
@@ -78,6 +95,7 @@ def train(
     run_folder.check_writable(Path(config.train.checkpoint_dir))
     tokenizer = find_tokenizer(config, tokenizer)
     model = open_model(config, tokenizer)
+    check_rows(config, model)
     inputs = load_inputs(
         config,
         tokenizer=tokenizer,
@@ -125,28 +143,44 @@ class SFTTrainer:
 
     def learn(self) -> None:
         """Trains: from the start, or from where the run to resume stood."""
-        config = self.config.train
-        first, state = self._start()
+        with contextlib.ExitStack() as opened:  # however it ends, files and threads are closed
+            step = self._train(*self._start(opened))
+        if step < self.num_steps:
+            say("stopped", f"by SIGTERM, saved step {step} of {self.num_steps} in {self.run_dir}")
+            say("go on", "with --config.train.resume_from_checkpoint=auto")
+            raise SystemExit(STOPPED)
+        self._finish()
+
+    def _train(self, first: int, state: TrainState) -> int:
+        """Makes the steps after `first`; returns the last one made."""
+        train, place = self.config.train, self._batches.place
+        batches = prefetch(
+            functools.partial(place, sharding=self._row_sharding), range(first, self.num_steps)
+        )
+        traces = Path(train.logging_dir or self.run_dir / TENSORBOARD)
         self.model.params = state.params
         if first == 0:
             self._evaluate(0)
-        place = functools.partial(self._batches.place, sharding=self._row_sharding)
-        batches = prefetch(place, range(first, self.num_steps))
-        with jax.set_mesh(self.model.mesh), sigterm_asks_to_stop() as stop:
-            with contextlib.closing(batches):
-                for step, batch in enumerate(batches, start=first + 1):
-                    state, metrics = self._update.step(state, batch)
-                    self.model.params = state.params
-                    self._progress.add(step, metrics)
-                    self._checkpoints.poll()
-                    is_last = step == self.num_steps
-                    if step % config.eval_interval == 0 or is_last:
-                        self._evaluate(step)
-                    if step % config.checkpoint_interval == 0 or is_last or stop.is_set():
-                        self._save(step, state)
-                    if stop.is_set() and not is_last:
-                        self._stop(step)
-        self._finish()
+        with (
+            jax.set_mesh(self.model.mesh),
+            contextlib.closing(batches),
+            sigterm_asks_to_stop() as stop,
+            profiled(train.profile_steps, traces) as begin,
+        ):
+            for step, batch in enumerate(batches, start=first + 1):
+                begin(step, state)
+                state, metrics = self._step(state, batch)
+                self.model.params = state.params
+                self._progress.add(step, metrics)
+                self._checkpoints.poll()
+                is_last = step == self.num_steps
+                if step % train.eval_interval == 0 or is_last:
+                    self._evaluate(step)
+                if step % train.checkpoint_interval == 0 or is_last or stop.is_set():
+                    self._save(step, state)
+                if stop.is_set():
+                    return step
+        return self.num_steps
 
     def evaluate(self) -> dict[str, float]:
         """Measures the model as it is now.
@@ -194,38 +228,51 @@ class SFTTrainer:
                 history=self.history,
             )
 
-    def _start(self) -> tuple[int, TrainState]:
-        """Prints what will run, then makes the state or restores it."""
+    def _start(self, opened: contextlib.ExitStack) -> tuple[int, TrainState]:
+        """Prints what will run, makes the state or restores it, and opens the run's folder."""
         config, model = self.config, self.model
         resume_dir = run_folder.find_resume_folder(
             self.run_dir, config.train.resume_from_checkpoint
         )
-        self._print_start()
-        self._update = compile_update(config, model, num_steps=self.num_steps)
-        say(f"compiled    the train step in {self._update.compile_seconds:.1f} s")
-        restored = None if resume_dir is None else self._restore(resume_dir)
-        if restored is None:
-            if config.model.init == "random":
-                model.init(config.train.seed)
-            else:
-                model.load()
-        step, state, data = restored or (0, self._update.init(model.params), {})
+        print_start(
+            config,
+            model,
+            num_steps=self.num_steps,
+            steps_per_epoch=self._batches.steps_in_epoch(0),
+            data_report=self.data_report,
+        )
+        # Weights before the compiler: a bad folder is known in seconds.
+        update = make_update(config, model, num_steps=self.num_steps)
+        restored = None if resume_dir is None else self._restore(resume_dir, update.structs)
+        step, state, data = restored or (0, self._first_state(update), _NOTHING_YET)
+        self._step, seconds = compile_step(config, model, update)
+        say("compiled", f"the train step in {seconds:.1f} s")
         goes_on = restored is not None and resume_dir.resolve() == self.run_dir.resolve()
-        self._open_folder(step if goes_on else None)
-        self._best = data["best"] if data else None
+        self._best = data["best"] if goes_on else None  # another folder's best/ is not here
+        self._open_folder(step if goes_on else None, opened)
         self._progress = Progress(
             self._tracker,
             num_steps=self.num_steps,
             log_interval=config.train.log_interval,
             describe=self._batches.describe,
-            flops_a_step=self._flops_a_step(),
-            peak_flops=self._peak_flops(),
-            num_tokens=data["tokens"] if data else 0,
-            num_trained=data["trained_tokens"] if data else 0,
+            flops_a_step=flops_a_step(config, model),
+            peak_flops=peak_flops(model),
+            num_tokens=data["tokens"],
+            num_trained=data["trained_tokens"],
         )
         return step, state
 
-    def _restore(self, folder: Path) -> tuple[int, TrainState, dict[str, Any]] | None:
+    def _first_state(self, update: Update) -> TrainState:
+        if self.config.model.init == "random":
+            self.model.init(self.config.train.seed)
+        else:
+            self.model.load()
+        with jax.set_mesh(self.model.mesh):
+            return update.init(self.model.params)
+
+    def _restore(
+        self, folder: Path, like: TrainState
+    ) -> tuple[int, TrainState, dict[str, Any]] | None:
         """Reads the newest complete checkpoint, if `folder` has one or must have one."""
         is_auto = self.config.train.resume_from_checkpoint == "auto"
         try:
@@ -242,15 +289,23 @@ class SFTTrainer:
                 "samples, seq_length, batch_size, seed, shuffle and packing to resume it, or start "
                 "anew in another train.checkpoint_dir"
             )
-        state = checkpoints.restore(step, self._update.structs)
-        say(f"resumed     {folder} at step {step}")
+        if not data["has_optimizer"]:
+            raise ValueError(
+                f"the checkpoint in {folder} has no optimizer state, since train.save_optimizer "
+                "was False: make a model of it with python -m jax_sft.export, and start anew with "
+                "that as model.model_path"
+            )
+        state = checkpoints.restore(step, like)
+        self.model.source_dtypes = data["source_dtypes"]
+        say("resumed", f"{folder} at step {step}")
         return step, state, data
 
-    def _open_folder(self, resume_step: int | None) -> None:
+    def _open_folder(self, resume_step: int | None, opened: contextlib.ExitStack) -> None:
+        """Opens what the run writes, and has `opened` close it."""
         config, is_writer = self.config, jax.process_index() == 0
         if is_writer:
             if resume_step is None and (old := run_folder.set_aside(self.run_dir)):
-                say(f"{self.run_dir} held an earlier run, which is now {old}")
+                say("kept", f"{self.run_dir} held an earlier run, which is now {old}")
             self.run_dir.mkdir(parents=True, exist_ok=True)
             run_folder.write_json(self.run_dir / CONFIG, config.to_dict())
             run_folder.write_json(self.run_dir / DATA_REPORT, self.data_report)
@@ -258,6 +313,7 @@ class SFTTrainer:
         self._checkpoints = Checkpoints(
             self.run_dir, keep=train.keep_checkpoints, is_writer=is_writer
         )
+        opened.callback(self._checkpoints.close)
         self._tracker = Tracker(
             self.run_dir,
             kind=train.tracker,
@@ -271,6 +327,7 @@ class SFTTrainer:
             resume_step=resume_step,
             is_writer=is_writer,
         )
+        opened.callback(self._tracker.close)
 
     def _measure(self) -> tuple[dict[str, float], list[Table]]:
         """Computes the eval loss, and generates from the prompts and scores the outputs."""
@@ -309,7 +366,8 @@ class SFTTrainer:
             self._tracker.log(step, metrics)
             for table in tables:
                 self._tracker.table(step, *table)
-            self._tracker.progress(step, self.num_steps, metrics)
+            if any(not name.startswith("time/") for name in metrics):
+                self._tracker.progress(step, self.num_steps, metrics)
             self._keep_best(metrics)
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
@@ -325,107 +383,40 @@ class SFTTrainer:
         if self._best is None or sign * metrics[name] > sign * self._best:
             self._best = metrics[name]
             self.save_pretrained(self.run_dir / BEST)
-            say(f"best {name} so far: {self._best:.4g}; saved {self.run_dir / BEST}")
+            say("best", f"{name} {self._best:.4g}, saved in {self.run_dir / BEST}")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._progress.flush()
+        has_optimizer = self.config.train.save_optimizer
         with self._progress.paused():
             data = {
                 "fingerprint": self._batches.fingerprint,
                 "tokens": self._progress.num_tokens,
                 "trained_tokens": self._progress.num_trained,
                 "best": self._best,
+                "source_dtypes": self.model.source_dtypes,
+                "has_optimizer": has_optimizer,
             }
-            saved = state if self.config.train.save_optimizer else state._replace(opt_state=())
+            saved = state if has_optimizer else state._replace(opt_state=())
             self._checkpoints.save(step, saved, data)
 
-    def _stop(self, step: int) -> None:
-        """Ends a run that was asked to stop, with what it has on disk."""
-        self._close()
-        say(f"stopped by SIGTERM at step {step}; go on with train.resume_from_checkpoint=auto")
-        raise SystemExit(STOPPED)
-
     def _finish(self) -> None:
-        self._close()
         final = self.run_dir / FINAL
         self.save_pretrained(final)
-        say(f"saved   {final}  (weights, tokenizer, model card; transformers loads it)")
-        say(f"saved   {self.run_dir / CHECKPOINTS}  (to resume), {self.run_dir / 'metrics.jsonl'}")
-        say(f'try it  python -m jax_sft.generate --model={final} --prompt="..."')
-
-    def _close(self) -> None:
-        self._checkpoints.close()
-        self._tracker.close()
-
-    def _print_start(self) -> None:
-        if jax.process_index():
-            return
-        config, model = self.config, self.model
-        numerics, train = model.decoder.numerics, config.train
-        say(f"devices     {describe_mesh(model.mesh)}")
-        say(
-            f"precision   {numerics.param_dtype.__name__} parameters, {numerics.dtype.__name__} "
-            "compute; norms, softmax, loss and sums in float32"
-        )
-        parts = train.batch_size // (train.minibatch_size or train.batch_size)
-        say(f"model       {model.config.model_type}, {model.num_params:,} parameters")
-        say(
-            f"batch       {train.batch_size} rows x {train.seq_length} tokens = "
-            f"{train.batch_size * train.seq_length:,} tokens a step, in {parts} microbatch(es) "
-            f"over {model.mesh.size} device(s)"
-        )
-        say(f"steps       {self.num_steps:,} ({self._batches.steps_in_epoch(0):,} an epoch)")
-        if self._peak_flops() is not None:
-            say(f"mfu         {flops.FORMULA}")
-        print_report(self.data_report)
-
-    def _flops_a_step(self) -> float:
-        decoder, train = self.model.decoder.config, self.config.train
-        return flops.train_flops(
-            num_params=self.model.num_params,
-            num_layers=decoder.num_layers,
-            attention_width=decoder.num_heads * decoder.head_width,
-            row_len=train.seq_length,
-            num_tokens=train.batch_size * train.seq_length,
-        )
-
-    def _peak_flops(self) -> float | None:
-        mesh = self.model.mesh
-        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
-        return None if peak is None else peak * mesh.size
+        say("saved", f"{final} (weights, tokenizer, model card; transformers loads it)")
+        if self._best is not None:
+            say("saved", f"{self.run_dir / BEST} (the best by {self.config.train.best_metric})")
+        say("saved", f"{self.run_dir / METRICS}, {self.run_dir / CHECKPOINTS} (to resume)")
+        say("try it", f'python -m jax_sft.generate --model={final} --prompt="..."')
 
 
-def say(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def split_best_metric(best_metric: str) -> tuple[str, int]:
-    """Returns a metric's name, and 1 where more is better, else -1.
-
-    "max:metrics/x" and "min:eval/loss" say it; without a word, losses and perplexities are
-    better when lower, and everything else when higher.
-    """
-    direction, colon, name = best_metric.partition(":")
-    if not colon:
-        name = best_metric
-        direction = "min" if name.endswith(("loss", "perplexity")) else "max"
-    return name, 1 if direction == "max" else -1
-
-
-@contextlib.contextmanager
-def sigterm_asks_to_stop() -> Iterator[threading.Event]:
-    """Turns SIGTERM, which clusters send before they take a machine back, into an event."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # signals reach the main thread alone
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _refuse(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} is {shortened(value)}, but this is SFT only: leave it out, and pass "
+                "demonstrations as samples and prompts to watch as eval_prompts"
+            )
 
 
 @functools.partial(jax.jit, static_argnums=0)

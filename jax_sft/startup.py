@@ -1,0 +1,83 @@
+"""What a run says of itself before its first step, and the one way to say a line.
+
+In: the config, the model, the batch arithmetic and the data report. Out: lines on standard
+output, from the first process alone.
+"""
+
+from typing import Any
+
+import jax
+
+from jax_sft import flops
+from jax_sft.config import SFTConfig
+from jax_sft.data.report import print_report
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.sharding import describe_mesh
+
+
+def say(what: str, text: str) -> None:
+    """Prints a line, once for all processes, with what it is about in a column of its own."""
+    if jax.process_index() == 0:
+        print(f"{what:<11} {text}", flush=True)
+
+
+def print_start(
+    config: SFTConfig,
+    model: CausalLM,
+    *,
+    num_steps: int,
+    steps_per_epoch: int,
+    data_report: dict[str, Any],
+) -> None:
+    """Prints devices, precision, model, batch, steps and the data report.
+
+    Args:
+        config: the run's config.
+        model: opened; its weights are not needed.
+        num_steps: steps of the whole run.
+        steps_per_epoch: steps of its first epoch.
+        data_report: what `data.report.data_report` returned.
+    """
+    numerics, train = model.decoder.numerics, config.train
+    num_parts = train.batch_size // (train.minibatch_size or train.batch_size)
+    say("devices", describe_mesh(model.mesh))
+    say(
+        "precision",
+        f"{numerics.param_dtype.__name__} parameters, {numerics.dtype.__name__} compute; "
+        "norms, softmax, loss and sums in float32",
+    )
+    say("model", f"{model.config.model_type}, {model.num_params:,} parameters")
+    say(
+        "batch",
+        f"{train.batch_size} rows x {train.seq_length} tokens = "
+        f"{train.batch_size * train.seq_length:,} tokens a step, "
+        f"in {_count(num_parts, 'microbatch', 'microbatches')} "
+        f"over {_count(model.mesh.size, 'device', 'devices')}",
+    )
+    say("steps", f"{num_steps:,} ({steps_per_epoch:,} an epoch)")
+    if peak_flops(model) is not None:
+        say("mfu", flops.FORMULA)
+    if jax.process_index() == 0:
+        print_report(data_report)
+
+
+def flops_a_step(config: SFTConfig, model: CausalLM) -> float:
+    """Counts the FLOPs of a step, over all devices together."""
+    decoder, train = model.decoder.config, config.train
+    return flops.train_flops(
+        num_params=model.num_params,
+        num_layers=decoder.num_layers,
+        attention_width=decoder.num_heads * decoder.head_width,
+        row_len=train.seq_length,
+        num_tokens=train.batch_size * train.seq_length,
+    )
+
+
+def peak_flops(model: CausalLM) -> float | None:
+    """Returns the FLOP/s of all devices together; None where they are not known."""
+    peak = flops.peak_flops(model.mesh.devices.flat[0].device_kind)
+    return None if peak is None else peak * model.mesh.size
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
