@@ -352,9 +352,6 @@ def test_paths_that_are_no_model(tmp_path):
             pretrained.read_config(path)
         assert re.search(rf"{path}\b", str(caught.value))
         assert "\n" not in str(caught.value)
-    assert not pretrained.has_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert pretrained.has_tokenizer(tmp_path)
 
 
 def save(loaded, folder, **options):

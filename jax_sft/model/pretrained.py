@@ -27,7 +27,6 @@ from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, write_we
 STAGING_BYTES = 2 << 30
 MAX_SHARD_BYTES = 5 * 10**9
 _GATHER_BYTES = 256 << 20
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def resolve_folder(path: str | Path) -> Path:
@@ -83,11 +82,6 @@ def read_config(path: str | Path) -> Any:
             f"{folder / 'config.json'} cannot be read ({reason}); pass a folder that"
             " transformers' save_pretrained wrote"
         ) from None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Returns whether a tokenizer lies beside the model."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_params(
