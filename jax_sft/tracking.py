@@ -168,15 +168,8 @@ def _is_non_finite(value: Any) -> bool:
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with null for NaN and infinities, which are named under `non_finite`."""
     odd = {name: str(value) for name, value in values.items() if _is_non_finite(value)}
-    kept = {name: None if name in odd else value for name, value in values.items()}
+    kept = {name: _null_within(value) for name, value in values.items()}
     return kept | ({"non_finite": odd} if odd else {})
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError:  # a NaN within a list: rare, so only then is the list copied
-        return json.dumps(_null_within(values), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _null_within(value: Any) -> Any:
@@ -185,6 +178,10 @@ def _null_within(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_null_within(item) for item in value]
     return None if _is_non_finite(value) else value
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _read_history(path: Path, last_step: int) -> list[dict[str, Any]]:

@@ -242,9 +242,8 @@ def test_another_name_drops_the_defaults_it_does_not_take_but_no_users_value():
     constant = default_sft_config()
     constant.scheduler.name = "constant"
     constant.validate()
-    line = refused(
-        default_sft_config().evolve, optimizer=dict(name="sgd", kwargs=dict(betas=(0.5, 0.5)))
-    )
+    config = default_sft_config().evolve(optimizer=dict(kwargs=dict(betas=(0.5, 0.5))))
+    line = refused(config.evolve, optimizer=dict(name="sgd"))
     assert "optimizer.kwargs.betas is not an argument of optimizer.name sgd" in line
 
 
@@ -259,6 +258,8 @@ def test_copies_are_equal_and_apart():
         other.optimizer.kwargs.lr = 1.0
         assert other != config
         assert refused(setattr, other.train, "seq_len", 1)
+    kwargs = copy.deepcopy(config.optimizer.kwargs)
+    assert kwargs == config.optimizer.kwargs and refused(setattr, kwargs, "lrr", 1)
 
 
 # A part of a config, any keys, as a user may set them.
@@ -439,6 +440,7 @@ def test_a_python_file_gives_its_config(tmp_path, monkeypatch):
         ("a.py", "x = 1\n", "a.py defines no get_config()"),
         ("a.py", "x = 1\ndef f(:\n", "a.py line 2: "),
         ("a.py", "def get_config():\n    x = 1\n    return y\n", "a.py line 3: NameError: name"),
+        ("a.py", "def f():\n    1 / 0\ndef get_config():\n    f()\n", "a.py line 2: ZeroDiv"),
         ("a.py", "import nowhere\n", "a.py line 1: ModuleNotFoundError"),
         ("a.py", "def get_config():\n    return {}\n", "returned {}; expected an SFTConfig"),
         ("a.py", "from jax_sft.config import default_sft_config as d\n\n"
@@ -480,6 +482,7 @@ def test_a_missing_file_names_the_one_beside_it(tmp_path):
         ("model.init=random", "model.config names no model_type"),
         ("model.peft_config.r=8", "model.peft_config is {'r': 8}, but LoRA is not built yet"),
         ("scheduler.name=linear", "scheduler.kwargs has no start_factor, which linear needs"),
+        ("scheduler.kwargs.T_max=1000 optimizer.kwargs.lr=1e-5", "so the learning rate would rise"),
         ("scheduler.kwargs.T_max=None optimizer.kwargs.lr=1e-5", "eta_min 0.0001 is above"),
         ("train.best_metric=most:x", "train.best_metric is 'most:x'"),
         ("train.best_metric=max:", "train.best_metric is 'max:'"),

@@ -43,14 +43,15 @@ def test_non_finite_metrics_stay_valid_json(tmp_path):
 def test_resume_cuts_what_came_after_the_step(tmp_path):
     tracker = track(tmp_path)
     for step in (10, 20, 30):
-        tracker.log(step, {"loss": float(step)})
+        tracker.log(step, {"note": "a\u2028b", "loss": float(step)})
         tracker.table(step, "t", ["output"], [["a"]])
     tracker.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # killed while it wrote
     tracker = track(tmp_path, resume_step=20)
-    tracker.log(30, {"loss": -1.0})
-    expected = [{"step": s, "loss": x} for s, x in ((10, 10.0), (20, 20.0), (30, -1.0))]
+    tracker.log(30, {"note": "a\u2028b", "loss": -1.0})
+    losses = ((10, 10.0), (20, 20.0), (30, -1.0))
+    expected = [{"step": step, "note": "a\u2028b", "loss": loss} for step, loss in losses]
     assert tracker.history == lines(tmp_path / "metrics.jsonl") == expected
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
         "000010.jsonl",
