@@ -36,7 +36,7 @@ def make_examples(lengths):
 
 
 @given(LENGTHS, OPTIONS)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_every_example_is_in_exactly_one_row_that_has_room(lengths_N, options):
     plan = plan_rows(lengths_N, ROW_LEN, **options)
     assert sorted(plan.examples_N.tolist()) == list(range(len(lengths_N)))
@@ -49,7 +49,7 @@ def test_every_example_is_in_exactly_one_row_that_has_room(lengths_N, options):
 
 
 @given(LENGTHS, OPTIONS)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_a_plan_is_a_function_of_seed_and_epoch(lengths_N, options):
     plan, again = (plan_rows(lengths_N, ROW_LEN, **options) for _ in range(2))
     assert plan.examples_N.tolist() == again.examples_N.tolist()
@@ -57,7 +57,7 @@ def test_a_plan_is_a_function_of_seed_and_epoch(lengths_N, options):
 
 
 @given(LENGTHS, st.integers(0, 9), st.integers(1, 9))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_every_epoch_has_the_same_number_of_rows(lengths_N, seed, epoch):
     first = plan_rows(lengths_N, ROW_LEN, seed=seed, epoch=0)
     later = plan_rows(lengths_N, ROW_LEN, seed=seed, epoch=epoch)
@@ -66,7 +66,7 @@ def test_every_epoch_has_the_same_number_of_rows(lengths_N, seed, epoch):
 
 
 @given(LENGTHS)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_stacks_place_as_best_fit_decreasing_does(lengths_N):
     """The textbook loop: each item, longest first, into the fullest row that has room."""
     rooms = []

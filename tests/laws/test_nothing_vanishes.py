@@ -34,7 +34,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @given(ROWS, OPTIONS)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_rows_read_are_kept_or_dropped_for_a_counted_reason(rows, options):
     wanted = [row for row in rows if row["label"] != 1]
     if not wanted:
@@ -64,7 +64,7 @@ def test_rows_read_are_kept_or_dropped_for_a_counted_reason(rows, options):
 
 
 @given(ROWS, st.integers(1, 12))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_split_loses_no_trained_token(rows, seq_length):
     samples = read_samples(rows)
     whole, _ = tokenize_samples(samples, packaged_bytes(), seq_length=100)
