@@ -26,7 +26,7 @@ from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, write_we
 
 STAGING_BYTES = 2 << 30
 MAX_SHARD_BYTES = 5 * 10**9
-_GATHER_BYTES = 256 << 20
+_GATHER_BYTES = 64 << 20
 
 
 def resolve_folder(path: str | Path) -> Path:
@@ -172,7 +172,7 @@ def save_params(
     order = sorted(entries, key=lambda name: -jnp.dtype(entries[name][0].dtype).itemsize)
     specs = {name: entries[name][0] for name in order}
     tensors = (
-        _gather_tensor(kind, layer, leaves).astype(jnp.dtype(spec.dtype))
+        _gather_tensor(kind, layer, leaves).astype(jnp.dtype(spec.dtype), copy=False)
         for spec, kind, layer in map(entries.get, order)
     )
     if jax.process_index() == 0:
@@ -247,7 +247,7 @@ def _gather_tensor(kind: Kind, layer: int, leaves: dict[str, jax.Array]) -> np.n
             values = _gather_rows(leaves[part.stacks[0][0]], 0, part.shape[0])
         rows = [math.prod(part.shape[: part.num_row_axes])] if part.num_row_axes else []
         columns.append(values.reshape([*rows, -1]))
-    theirs = np.concatenate(columns, axis=-1)
+    theirs = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
     return theirs.T if kind.tensor.transpose else theirs
 
 
@@ -256,11 +256,13 @@ def _gather_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
     row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
     step = max(1, _GATHER_BYTES // row_bytes)
     whole = None if array.is_fully_addressable else NamedSharding(array.sharding.mesh, P())
-    blocks = []
+    gathered = np.empty((stop - start, *array.shape[1:]), array.dtype)
     for first in range(start, stop, step):
-        rows = _get_rows(array, first, min(step, stop - first), whole)
-        blocks.append(np.asarray(rows if whole is None else rows.addressable_data(0)))
-    return np.concatenate(blocks)
+        num_rows = min(step, stop - first)
+        rows = _get_rows(array, first, num_rows, whole)
+        block = rows if whole is None else rows.addressable_data(0)
+        gathered[first - start : first - start + num_rows] = np.asarray(block)
+    return gathered
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
