@@ -13,6 +13,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+# XLA runs a program's independent collectives at once, each holding a thread: with no more
+# threads than devices, which is what it takes on a small machine, they wait for each other.
+os.environ.setdefault("NPROC", "32")
+
 import pytest  # noqa: E402
 
 
