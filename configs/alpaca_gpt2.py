@@ -31,6 +31,7 @@ def get_config() -> SFTConfig:
         method=dict(gen_kwargs=dict(max_new_tokens=256)),
         data=dict(
             template="alpaca",
+            filter="output != ''",  # the public data has a few rows without an answer
             output_field="output",
             eval_prompts=[alpaca_prompt(instruction) for instruction in EVAL_INSTRUCTIONS],
         ),

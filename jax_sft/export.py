@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_sft.main import run_command
+from jax_sft.command import run_command
 
 
 def main(argv: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ output. Sampling is what `--max_new_tokens` and its like say; without a word it 
 import argparse
 from collections.abc import Sequence
 
-from jax_sft.main import run_command
+from jax_sft.command import run_command
 
 
 def main(argv: Sequence[str]) -> None:
