@@ -25,6 +25,7 @@ from jax_sft.sharding import constrain
 
 MAX_ROWS = 64  # prompts decoded at once
 PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths compile
+DRAW_BLOCK = 256  # tokens of the vocabulary in a block; about the root of its size
 STOP_CHECK_INTERVAL = 8  # tokens between two looks at the stop strings
 
 
@@ -316,7 +317,47 @@ def choose_token(
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     if sampling.top_p < 1.0:
         logits_BV = jnp.where(_is_in_nucleus(logits_BV, sampling.top_p), logits_BV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    return draw(logits_BV, keys_B)
+
+
+def draw(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """Draws a token from softmax(logits) for each row, by its cumulative distribution.
+
+    First a block of the vocabulary is drawn, then a token in it, so that two random numbers a
+    row are enough; on a CPU this is many times faster than a Gumbel number for every logit.
+
+        probabilities   .1 .2 | .0 .4 | .3        blocks .3 .4 .3, cumulative .3 .7 1.
+        first number    .65   -> the block .0 .4  cumulative in it .0 .4, scaled to 0. 1.
+        second number   .2    -> its second token
+
+    Args:
+        logits_BV: float32, -inf where nothing may be drawn.
+        keys_B: a PRNG key a row.
+
+    Returns:
+        token_B, int32.
+    """
+    uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    mass_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
+    padding = -mass_BV.shape[1] % DRAW_BLOCK
+    mass_BNM = jnp.pad(mass_BV, ((0, 0), (0, padding))).reshape(len(keys_B), -1, DRAW_BLOCK)
+    block_B1 = _first_above(jnp.sum(mass_BNM, axis=-1), uniform_B2[:, :1])
+    mass_BM = jnp.take_along_axis(mass_BNM, block_B1[..., None], axis=1)[:, 0]
+    within_B1 = _first_above(mass_BM, uniform_B2[:, 1:])
+    token_B = (block_B1 * DRAW_BLOCK + within_B1)[:, 0]
+    mass_B = jnp.take_along_axis(mass_BM, within_B1, axis=1, mode="fill", fill_value=0.0)[:, 0]
+    # Cumulative sums round: about once in 1e7 draws they lead to a token of no mass.
+    return jax.lax.cond(
+        jnp.all(mass_B > 0),
+        lambda: token_B.astype(jnp.int32),
+        lambda: jnp.where(mass_B > 0, token_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32),
+    )
+
+
+def _first_above(mass_BN: jax.Array, uniform_B1: jax.Array) -> jax.Array:
+    """Returns, in [B, 1], where the cumulative mass first exceeds a share of the total."""
+    cumulative_BN = jnp.cumsum(mass_BN, axis=-1)
+    return jnp.sum(cumulative_BN <= uniform_B1 * cumulative_BN[:, -1:], axis=-1, keepdims=True)
 
 
 def _is_in_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
