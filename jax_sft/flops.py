@@ -5,6 +5,8 @@ formula that is printed beside the figure, since tools that count differently re
 MFUs for the same run.
 """
 
+import re
+
 FORMULA = "6·N·tokens + 6·L·H·C·T·tokens (attention, causal half), over the devices' peak"
 
 # Dense bfloat16 FLOP/s a device, from the makers' data sheets, by a part of `device_kind`.
@@ -46,6 +48,7 @@ def train_flops(
 def peak_flops(device_kind: str) -> float | None:
     """Returns a device's dense bfloat16 FLOP/s, or None where it is not known (as on CPU)."""
     for part, flops in PEAK_FLOPS.items():
-        if part in device_kind:
+        # As words: an L40S is no L4.
+        if re.search(rf"\b{part}\b", device_kind):
             return flops
     return None
