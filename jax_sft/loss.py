@@ -3,7 +3,12 @@
 In: hidden states, the vocabulary, shifted targets, weights. Out: the weighted sum of losses
 and the sum of weights; whoever calls divides, once, when every sum is in. Tokens go in chunks,
 and a chunk's gradient is made while its logits are there, so that training multiplies with the
-vocabulary three times (logits, and the gradients of both factors) and keeps no logits.
+vocabulary three times (logits, and the gradients of both factors) and keeps no logits. Trained
+tokens are moved to the front of their row, and what is left behind them, such as prompts, is
+never multiplied with the vocabulary at all:
+
+    weights      0 0 1 1 0 0 1 0        in the data's order
+    moved        1 1 1|0 0 0|0 0        chunks of three: one of three is computed
 """
 
 import functools
@@ -11,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-CHUNK_LEN = 128  # tokens of each row at a time
+CHUNK_LEN = 64  # tokens of each row at a time
 
 
 def cross_entropy(
@@ -46,92 +51,95 @@ def cross_entropy(
     """
     num_tokens = targets_BT.shape[1]
     chunk_len = min(CHUNK_LEN, num_tokens)
-    padding = -num_tokens % chunk_len
+    order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
 
-    def split(x: jax.Array) -> jax.Array:
-        """[B, T, ...] to [chunks, B, chunk_len, ...]"""
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(x.shape[0], -1, chunk_len, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
+    def arrange(x: jax.Array) -> jax.Array:
+        """Trained tokens first, in rows of a multiple of chunk_len."""
+        order = order_BT.reshape(order_BT.shape + (1,) * (x.ndim - 2))
+        moved = jnp.take_along_axis(x, order, axis=1)
+        return jnp.pad(moved, ((0, 0), (0, -num_tokens % chunk_len)) + ((0, 0),) * (x.ndim - 2))
 
+    num_trained = jnp.max(jnp.sum(weights_BT != 0, axis=1))
     loss_sum = _loss_sum(
-        (vocab_size, z_loss, label_smoothing),
-        split(hidden_BTD),
+        (chunk_len, vocab_size, z_loss, label_smoothing),
+        arrange(hidden_BTD),
         vocabulary_VD,
-        split(targets_BT),
-        split(weights_BT),
+        arrange(targets_BT),
+        arrange(weights_BT),
+        -(-num_trained // chunk_len),
     )
     return loss_sum, jnp.sum(weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(options, hidden_NBTD, vocabulary_VD, targets_NBT, weights_NBT):
-    def add_chunk(loss_sum, chunk):
-        hidden_BTD, targets_BT, weights_BT = chunk
-        loss = _chunk_loss(options, hidden_BTD, vocabulary_VD, targets_BT, weights_BT)
-        return loss_sum + loss, None
+def _loss_sum(options, hidden_BTD, vocabulary_VD, targets_BT, weights_BT, num_chunks):
+    def add_chunk(i, loss_sum):
+        hidden_BCD, targets_BC, weights_BC = _chunk(options, i, hidden_BTD, targets_BT, weights_BT)
+        return loss_sum + _chunk_loss(options, hidden_BCD, vocabulary_VD, targets_BC, weights_BC)
 
-    chunks = (hidden_NBTD, targets_NBT, weights_NBT)
-    return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0]
+    return jax.lax.fori_loop(0, num_chunks, add_chunk, jnp.float32(0))
 
 
-def _loss_sum_forward(options, hidden_NBTD, vocabulary_VD, targets_NBT, weights_NBT):
+def _loss_sum_forward(options, *inputs):
     """Makes loss and gradients in one pass; what is not differentiated costs nothing."""
-    hidden_NBTD, d_hidden_wanted = hidden_NBTD.value, hidden_NBTD.perturbed
-    vocabulary_VD, d_vocabulary_wanted = vocabulary_VD.value, vocabulary_VD.perturbed
-    targets_NBT, weights_NBT = targets_NBT.value, weights_NBT.value
-    wanted = tuple(i for i, want in enumerate((d_hidden_wanted, d_vocabulary_wanted)) if want)
+    hidden_BTD, vocabulary_VD, targets_BT, weights_BT, num_chunks = (x.value for x in inputs)
+    wanted = tuple(i for i in (0, 1) if inputs[i].perturbed)
 
-    def add_chunk(carry, chunk):
-        loss_sum, d_vocabulary_VD = carry
-        hidden_BTD, targets_BT, weights_BT = chunk
+    def add_chunk(i, carry):
+        loss_sum, grads = carry
+        hidden_BCD, targets_BC, weights_BC = _chunk(options, i, hidden_BTD, targets_BT, weights_BT)
 
-        def chunk_loss(hidden_BTD, vocabulary_VD):
-            return _chunk_loss(options, hidden_BTD, vocabulary_VD, targets_BT, weights_BT)
+        def chunk_loss(hidden_BCD, vocabulary_VD):
+            return _chunk_loss(options, hidden_BCD, vocabulary_VD, targets_BC, weights_BC)
 
-        loss, grads = jax.value_and_grad(chunk_loss, argnums=wanted)(hidden_BTD, vocabulary_VD)
-        d_hidden_BTD = grads[0] if d_hidden_wanted else None
-        if d_vocabulary_wanted:
-            d_vocabulary_VD = d_vocabulary_VD + grads[-1].astype(jnp.float32)
-        return (loss_sum + loss, d_vocabulary_VD), d_hidden_BTD
+        loss, found = jax.value_and_grad(chunk_loss, argnums=wanted)(hidden_BCD, vocabulary_VD)
+        grads = dict(grads)
+        for which, grad in zip(wanted, found, strict=True):
+            if which == 0:
+                start = i * options[0]
+                grads[0] = jax.lax.dynamic_update_slice_in_dim(grads[0], grad, start, axis=1)
+            else:
+                grads[1] = grads[1] + grad.astype(jnp.float32)
+        return loss_sum + loss, grads
 
-    zeros_VD = jnp.zeros(vocabulary_VD.shape, jnp.float32) if d_vocabulary_wanted else None
-    (loss_sum, d_vocabulary_VD), d_hidden_NBTD = jax.lax.scan(
-        add_chunk, (jnp.float32(0), zeros_VD), (hidden_NBTD, targets_NBT, weights_NBT)
-    )
-    dtype = jnp.zeros((), vocabulary_VD.dtype)
-    return loss_sum, (d_hidden_NBTD, d_vocabulary_VD, dtype)
+    zeros = {0: jnp.zeros_like(hidden_BTD), 1: jnp.zeros(vocabulary_VD.shape, jnp.float32)}
+    start = (jnp.float32(0), {which: zeros[which] for which in wanted})
+    loss_sum, grads = jax.lax.fori_loop(0, num_chunks, add_chunk, start)
+    return loss_sum, (grads, jnp.zeros((), vocabulary_VD.dtype))
 
 
 def _loss_sum_backward(options, residuals, d_loss):
-    d_hidden_NBTD, d_vocabulary_VD, dtype = residuals
-    if d_hidden_NBTD is not None:
-        d_hidden_NBTD = (d_loss * d_hidden_NBTD).astype(d_hidden_NBTD.dtype)
-    if d_vocabulary_VD is not None:
-        d_vocabulary_VD = (d_loss * d_vocabulary_VD).astype(dtype.dtype)
-    return d_hidden_NBTD, d_vocabulary_VD, None, None
+    grads, like_vocabulary = residuals
+    dtypes = {0: grads[0].dtype if 0 in grads else None, 1: like_vocabulary.dtype}
+    scaled = {which: (d_loss * grad).astype(dtypes[which]) for which, grad in grads.items()}
+    return scaled.get(0), scaled.get(1), None, None, None
 
 
 _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward, symbolic_zeros=True)
 
 
-def _chunk_loss(options, hidden_BTD, vocabulary_VD, targets_BT, weights_BT):
-    vocab_size, z_loss, label_smoothing = options
-    logits_BTV = jnp.einsum(
-        "BTD,VD->BTV",
-        hidden_BTD,
-        vocabulary_VD.astype(hidden_BTD.dtype),
+def _chunk(options, i, *arrays):
+    chunk_len = options[0]
+    return tuple(jax.lax.dynamic_slice_in_dim(x, i * chunk_len, chunk_len, axis=1) for x in arrays)
+
+
+def _chunk_loss(options, hidden_BCD, vocabulary_VD, targets_BC, weights_BC):
+    _, vocab_size, z_loss, label_smoothing = options
+    logits_BCV = jnp.einsum(
+        "BCD,VD->BCV",
+        hidden_BCD,
+        vocabulary_VD.astype(hidden_BCD.dtype),
         preferred_element_type=jnp.float32,
     )
-    is_real_11V = jnp.arange(logits_BTV.shape[-1])[None, None] < vocab_size
-    if vocab_size < logits_BTV.shape[-1]:
-        logits_BTV = jnp.where(is_real_11V, logits_BTV, -jnp.inf)
-    logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    loss_BT = logsumexp_BT - (1.0 - label_smoothing) * target_BT
+    is_real_11V = jnp.arange(logits_BCV.shape[-1])[None, None] < vocab_size
+    if vocab_size < logits_BCV.shape[-1]:
+        logits_BCV = jnp.where(is_real_11V, logits_BCV, -jnp.inf)
+    logsumexp_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    loss_BC = logsumexp_BC - (1.0 - label_smoothing) * target_BC
     if label_smoothing:
-        sum_BT = jnp.sum(logits_BTV, axis=-1, where=is_real_11V)
-        loss_BT = loss_BT - label_smoothing / vocab_size * sum_BT
+        sum_BC = jnp.sum(logits_BCV, axis=-1, where=is_real_11V)
+        loss_BC = loss_BC - label_smoothing / vocab_size * sum_BC
     if z_loss:
-        loss_BT = loss_BT + z_loss * jnp.square(logsumexp_BT)
-    return jnp.sum(loss_BT * weights_BT)
+        loss_BC = loss_BC + z_loss * jnp.square(logsumexp_BC)
+    return jnp.sum(loss_BC * weights_BC)
