@@ -294,7 +294,11 @@ class Embed(nn.Module):
             (c.num_positions, c.width),
             n.param_dtype,
         )
-        x_BTD = tokens_VD.astype(n.dtype)[tokens_BT] + positions_SD.astype(n.dtype)[positions_BT]
+        # Whole along the width before the look-up: split there, as the parameters are, the rows
+        # found could be brought to the batch's sharding only by way of a whole copy a device.
+        tokens_VD = constrain(tokens_VD.astype(n.dtype), "vocab", None)
+        positions_SD = constrain(positions_SD.astype(n.dtype), "positions", None)
+        x_BTD = tokens_VD[tokens_BT] + positions_SD[positions_BT]
         x_BTD = constrain(x_BTD, "batch", "tokens", None)
         return nn.Dropout(c.embed_dropout, deterministic=not n.dropout)(x_BTD)
 
