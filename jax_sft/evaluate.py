@@ -126,11 +126,15 @@ def check_scores(scores: Any, *, num_samples: int) -> dict[str, np.ndarray]:
     arrays = {}
     for name, values in scores.items():
         try:
-            array = np.asarray(jax.device_get(values), np.float64)
+            array = np.asarray(jax.device_get(values))
+            # numpy would read None as NaN, and "1" as 1.
+            array = None if array.dtype.kind in "OSU" else array.astype(np.float64)
         except (TypeError, ValueError):
+            array = None
+        if array is None:
             raise ValueError(
                 f"metric_fn returned {str(values)[:60]!r} for {name!r}: expected numbers"
-            ) from None
+            )
         if array.shape not in ((), (num_samples,)):
             raise ValueError(
                 f"metric_fn returned {name!r} of shape {list(array.shape)}: expected one number, "
