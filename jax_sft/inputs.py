@@ -172,9 +172,9 @@ def _load_prompts(
         if tokenizer.bos_token is None:
             return None
         source = [tokenizer.bos_token] * config.train.batch_size
-    prompts, metadata = load_eval_prompts(source)
-    if not prompts:
+    if not isinstance(source, str) and not len(source):  # the way to ask for none
         return None
+    prompts, metadata = load_eval_prompts(source)
     ids = [
         prompt_ids(
             prompt,

@@ -68,7 +68,8 @@ def train(
         model_path: hub name or folder; None: config.model.model_path.
         samples: a sequence of strings, or of [prompt, output, prompt, output, ...] lists, or a
             `datasets.Dataset`; None: config.data.train.
-        eval_prompts: strings, or dicts with "prompt" and metadata; None: config.data.eval_prompts.
+        eval_prompts: strings, or dicts with "prompt" and metadata; None: config.data.eval_prompts,
+            and without those the tokenizer's BOS, if it has one; []: none.
         metric_fn: metric_fn(samples=, prompts=, outputs=, **metadata) -> {name: numbers}, one
             number a sample or one for all; None: config.data.metric_fn.
         config: None for `default_sft_config()`; it is not changed.

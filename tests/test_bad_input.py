@@ -1,0 +1,188 @@
+"""What users get wrong: one line each that names the value and the remedy, and nothing lost.
+
+Each mistake is made through `train()`, in a folder that holds an earlier run, and is found
+before anything is compiled.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import PROMPTS, SAMPLES, TINY_GPT2, tiny_config
+from transformers import AutoTokenizer
+
+import jax_sft
+import jax_sft.train
+from jax_sft.config import BYTE_TOKENIZER
+
+TRAIN = sys.modules["jax_sft.train"]  # the face has the function under this name
+
+
+@pytest.fixture
+def earlier_run(tmp_path):
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints" / "3").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "checkpoints/3/manifest.json"):
+        (run_dir / name).write_text("kept")
+    return run_dir
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch):
+    def fail(*_):
+        raise AssertionError("compiled before the mistake was found")
+
+    monkeypatch.setattr(TRAIN, "compile_step", fail)
+
+
+def refused(run_dir: Path, arguments: dict, sections: dict) -> str:
+    """Returns the one line, having checked that the earlier run is as it was."""
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    given = dict(samples=SAMPLES, eval_prompts=PROMPTS) | arguments
+    with pytest.raises(ValueError) as error:
+        config = tiny_config(run_dir, **sections)
+        if config.model.init == "pretrained":
+            config.model.config = {}
+        jax_sft.train(config=config, **given)
+    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    assert before == after and after
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 700  # lists of tensors and long paths
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sections", "words"),
+    [
+        (dict(samples=None), {}, ("no samples", "samples=[...]", "data.train")),
+        (dict(samples=[]), {}, ("samples", "empty")),
+        (dict(samples=[*SAMPLES[:3], ["a", "b", "c"]]), {}, ("samples[3]", "3")),
+        (dict(samples=["text", 7]), {}, ("samples[1]", "7")),
+        (dict(samples=["text", ["a", "b"]]), {}, ("samples[1]", "samples[0]")),
+        (dict(samples=[["a", "b"], ["a", ""]]), {}, ("samples[1]", "empty")),
+        (dict(samples="text"), {}, ("samples", "str", "[")),
+        (dict(eval_prompts="1 + 1 ="), {}, ("1 + 1 =",)),
+        (dict(eval_prompts=["1" * 30]), {}, ("30", "32", "positions", "max_new_tokens")),
+        (dict(eval_prompts=[{"text": "1"}]), {}, ("eval_prompts[0]", '"prompt"')),
+        (dict(stop_sequences="Human:"), {}, ("stop_sequences", "Human:", "[")),
+        (dict(stop_sequences=[""]), {}, ("stop_sequences", "empty")),
+        (dict(metric_fn=None), dict(data=dict(metric_fn="nowhere:f")), ("nowhere", "module")),
+        ({}, dict(train=dict(seq_length=64)), ("seq_length", "64", "32 positions")),
+        ({}, dict(train=dict(batch_size=6)), ("batch_size", "6", "8 devices", "multiple")),
+        ({}, dict(train=dict(minibatch_size=2)), ("minibatch_size", "2", "multiple")),
+        ({}, dict(train=dict(minibatch_size=3)), ("minibatch_size", "3", "batch_size 8")),
+        ({}, dict(mesh=dict(data=3)), ("data=3", "8 are here")),
+        ({}, dict(train=dict(resume_from_checkpoint="nowhere")), ("nowhere", "auto")),
+        ({}, dict(train=dict(best_metric="min:eval/loss")), ("eval/loss", "eval_samples")),
+        ({}, dict(train=dict(best_metric="metrics/x")), ("metrics/x", "metric_fn")),
+        ({}, dict(train=dict(best_metric="reward")), ("reward", "metrics/")),
+        ({}, dict(model=dict(config=dict(model_type="gpt9"))), ("gpt9",)),
+        ({}, dict(model=dict(config=dict(n_layerz=2))), ("n_layerz",)),
+        ({}, dict(model=dict(config=dict(n_head=3))), ("3", "16")),
+        ({}, dict(model=dict(config=dict(vocab_size=30))), ("30", "tokenizer")),
+        ({}, dict(model=dict(num_layers_unfrozen=5)), ("num_layers_unfrozen", "5", "1 layers")),
+        ({}, dict(model=dict(peft_config=dict(r=8))), ("peft_config", "LoRA")),
+        (dict(samples=None), dict(data=dict(train="gone.jsonl")), ("gone.jsonl", "no such file")),
+        (dict(samples=[["a" * 40, "b"]]), {}, ("no example is left", "seq_length")),
+        (
+            dict(samples=[["a" * 40, "b"]]),
+            dict(data=dict(over_length="error")),
+            ("samples[0]", "over_length"),
+        ),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line_before_anything_is_compiled(arguments, sections, words, earlier_run):
+    message = refused(earlier_run, arguments, sections)
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (dict(train=dict(batchsize=4)), ("train.batchsize", "train.batch_size")),
+        (dict(trian=dict(batch_size=4)), ("trian", "train")),
+        (dict(optimizer=dict(name="adamv")), ("adamv", "adamw", "sgd")),
+        (dict(optimizer=dict(name="adam_8bit_bnb")), ("adam_8bit_bnb", "adafactor")),
+        (dict(scheduler=dict(name="cosine")), ("cosine", "cosine_annealing")),
+        (dict(method=dict(gen_kwargs=dict(topk=3))), ("topk", "top_k")),
+    ],
+    ids=str,
+)
+def test_a_wrong_name_in_the_config_is_one_line(sections, words, earlier_run):
+    message = refused(earlier_run, {}, sections)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_malformed_jsonl_names_the_line(tmp_path, earlier_run):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "output": "b"}\n{"prompt": "a", "output": \n')
+    message = refused(earlier_run, dict(samples=None), dict(data=dict(train=str(file))))
+    assert f"{file}" in message and "line 2" in message
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_folder_that_cannot_be_written_is_found_first(place, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="train.checkpoint_dir=.*cannot be written") as error:
+        jax_sft.train(samples=[], config=tiny_config(tmp_path / place))
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
+    model = jax_sft.CausalLM.open(None, fields=TINY_GPT2, tokenizer=tokenizer)
+    model.init(0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def truncate(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def pickled(weights: Path) -> None:
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+
+def of_another_width(weights: Path) -> None:
+    config = weights.with_name("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_embd": 24}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (truncate, ("model.safetensors", "no whole safetensors file")),
+        (Path.unlink, ("no weights", "model.safetensors")),
+        (pickled, ("pytorch_model.bin", "convert it")),
+        (of_another_width, ("16", "24")),
+        (lambda weights: weights.with_name("config.json").unlink(), ("config.json",)),
+    ],
+    ids=["truncated", "gone", "pickled", "other width", "no config"],
+)
+def test_a_model_folder_that_is_none(harm, words, model_folder, tmp_path, earlier_run):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    harm(folder / "model.safetensors")
+    message = refused(
+        earlier_run,
+        dict(model_path=str(folder)),
+        dict(model=dict(init="pretrained"), tokenizer=dict(tokenizer_path=None)),
+    )
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_hub_name_without_a_network_says_what_to_pass(earlier_run):
+    message = refused(
+        earlier_run,
+        dict(model_path="nobody/nothing"),
+        dict(model=dict(init="pretrained"), tokenizer=dict(tokenizer_path=None)),
+    )
+    assert "nobody/nothing" in message and "folder" in message

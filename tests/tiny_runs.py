@@ -1,0 +1,65 @@
+"""A run so small that what it does can be looked at: one layer, 16 wide, on bytes.
+
+Samples are made by counting, so that every test sees the same ones.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jax_sft.config import BYTE_TOKENIZER, SFTConfig, default_sft_config
+
+SAMPLES = [[f"{n} + 1 =", f" {n + 1}"] for n in range(24)]
+PROMPTS = ["1 + 1 =", "2 + 1 ="]
+TINY_GPT2 = dict(
+    model_type="gpt2", n_layer=1, n_embd=16, n_head=2, n_positions=32, initializer_range=0.1
+)
+
+
+def tiny_config(run_dir: Path | str, **sections: dict) -> SFTConfig:
+    """Six steps of eight rows of sixteen tokens, an evaluation and a checkpoint each third."""
+    config = default_sft_config().evolve(
+        train=dict(
+            seq_length=16,
+            batch_size=8,
+            epochs=100,
+            total_steps=6,
+            eval_interval=3,
+            checkpoint_interval=3,
+            log_interval=1,
+            checkpoint_dir=run_dir,
+            tracker=None,
+        ),
+        model=dict(init="random", config=TINY_GPT2),
+        tokenizer=dict(tokenizer_path=BYTE_TOKENIZER),
+        optimizer=dict(kwargs=dict(lr=1e-2)),
+        method=dict(gen_kwargs=dict(max_new_tokens=4, do_sample=False)),
+    )
+    return config.evolve(**sections)
+
+
+def is_time(name: str) -> bool:
+    """Whether a logged value is a measured time, which no two runs share."""
+    return name.startswith("time/") or name.endswith(("_per_second", "_seconds"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps compiled programs for the other runs of a test file; import it to have it."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    for name, value in zip(names, (folder, 0, -1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
