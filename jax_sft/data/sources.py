@@ -132,7 +132,7 @@ def _load_hub(name: str, *, split: str, num_proc: int) -> Rows:
 def _load_lines(path: Path) -> Rows:
     """Each line that is not blank is a text."""
     with _open(path) as file:
-        lines = [line.rstrip("\r\n") for line in file]
+        lines = [line.rstrip("\n") for line in file]
     numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
     texts = [lines[number - 1] for number in numbers]
     num_blank = len(lines) - len(texts)
@@ -190,9 +190,8 @@ def _filled_lines(path: Path) -> np.ndarray:
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[str]]:
-    # "\n" alone ends a line: JSON and text may hold the other separators of Unicode.
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+    with opener(path, "rt", encoding="utf-8-sig") as file:
         try:
             yield file
         except UnicodeDecodeError as error:
