@@ -1,0 +1,168 @@
+"""The decoder: its parameters, its two stacks, its dtypes, and what remat may not change."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import paths_and_leaves, tiny_gpt2
+
+from jax_sft.model import decoder as decoder_module
+from jax_sft.model.decoder import empty_cache, init_params, logical_axes, mask_padding
+from jax_sft.sharding import MESH_AXES
+
+TOKENS = np.random.default_rng(0).integers(0, 67, (2, 12), dtype=np.int32)
+POSITIONS = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+ONES = np.ones((2, 12), np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_states(decoder, params, key=None):
+    rngs = None if key is None else {"dropout": key}
+    return decoder.apply({"params": params}, TOKENS, POSITIONS, ONES, rngs=rngs)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(decoder, params):
+    def loss(params):
+        hidden_BTD, _ = decoder.apply({"params": params}, TOKENS, POSITIONS, ONES)
+        return jnp.sum(jnp.sin(hidden_BTD))
+
+    return jax.grad(loss)(params)
+
+
+def with_numerics(decoder, **changes):
+    return decoder.clone(numerics=dataclasses.replace(decoder.numerics, **changes))
+
+
+def test_parameters_are_those_of_the_docstring():
+    model = tiny_gpt2(tie_word_embeddings=False, n_inner=48)
+    shapes, axes = logical_axes(model.decoder)
+    got = {path: leaf.shape for path, leaf in paths_and_leaves(model.params)}
+    assert got == {
+        "embed/tokens": (67, 32),
+        "embed/positions": (64, 32),
+        "head/kernel": (67, 32),
+        "layers/attention_norm/scale": (2, 32),
+        "layers/attention_norm/bias": (2, 32),
+        "layers/mlp_norm/scale": (2, 32),
+        "layers/mlp_norm/bias": (2, 32),
+        **{f"layers/attention/{name}/kernel": (2, 32, 4, 8) for name in ("query", "key", "value")},
+        **{f"layers/attention/{name}/bias": (2, 4, 8) for name in ("query", "key", "value")},
+        "layers/attention/out/kernel": (2, 4, 8, 32),
+        "layers/attention/out/bias": (2, 32),
+        "layers/mlp/up/kernel": (2, 32, 48),
+        "layers/mlp/up/bias": (2, 48),
+        "layers/mlp/down/kernel": (2, 48, 32),
+        "layers/mlp/down/bias": (2, 32),
+        "final_norm/scale": (32,),
+        "final_norm/bias": (32,),
+    }
+    named = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    for shape, names in zip(jax.tree.leaves(shapes), named, strict=True):
+        assert len(names) == len(shape.shape)
+        assert set(names) <= set(MESH_AXES)
+    # Every matrix can be split over the fsdp axis.
+    for (path, leaf), names in zip(paths_and_leaves(model.params), named, strict=True):
+        assert path.endswith(("bias", "scale")) or "embed" in names, (path, leaf.shape)
+
+
+@pytest.mark.parametrize("num_layers_unfrozen", [0, 1])
+def test_two_stacks_are_one_model(num_layers_unfrozen):
+    whole = tiny_gpt2(scale_attn_by_inverse_layer_idx=True)
+    placement = {"num_layers_unfrozen": num_layers_unfrozen}
+    split = tiny_gpt2(scale_attn_by_inverse_layer_idx=True, placement=placement)
+    num_frozen = 2 - num_layers_unfrozen
+    layers = whole.params["layers"]
+    params = {k: v for k, v in whole.params.items() if k != "layers"}
+    params["frozen_layers"] = jax.tree.map(lambda x: x[:num_frozen], layers)
+    if num_layers_unfrozen:
+        params["layers"] = jax.tree.map(lambda x: x[num_frozen:], layers)
+    assert jax.tree.structure(params) == jax.tree.structure(split.params)
+    expected = hidden_states(whole.decoder, whole.params)
+    np.testing.assert_allclose(hidden_states(split.decoder, params), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_memory_and_not_gradients(remat):
+    model = tiny_gpt2()
+    expected = gradients(model.decoder, model.params)
+    got = gradients(with_numerics(model.decoder, remat=remat), model.params)
+    for (path, ours), (_, theirs) in zip(
+        paths_and_leaves(got), paths_and_leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5, err_msg=path)
+
+
+def test_bfloat16_computes_in_bfloat16_near_float32():
+    model = tiny_gpt2(placement={"dtype": "bfloat16"})
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {np.dtype("float32")}
+    half = hidden_states(model.decoder, model.params)
+    assert half.dtype == jnp.bfloat16
+    full = hidden_states(with_numerics(model.decoder, dtype=jnp.float32), model.params)
+    # bfloat16 rounds by 0.4%; a few dozen roundings on hidden states of about 1.
+    np.testing.assert_allclose(np.float32(half), full, rtol=0, atol=0.1)
+
+
+def test_dropout_draws_by_its_key():
+    model = tiny_gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    decoder = model.training_decoder
+    assert decoder.numerics.dropout
+    one, same, other = (
+        hidden_states(decoder, model.params, jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    assert not tiny_gpt2().training_decoder.numerics.dropout
+
+
+def test_initialisation_honours_initializer_range():
+    model = tiny_gpt2(n_layer=8)
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(model.decoder, jax.random.key(0)))
+    # The standard deviation of n draws is known to 1 part in sqrt(2 n): here below 2%.
+    for path, expected in {
+        "embed/tokens": 0.2,
+        "embed/positions": 0.2,
+        "layers/attention/query/kernel": 0.2,
+        "layers/mlp/up/kernel": 0.2,
+        "layers/attention/out/kernel": 0.05,  # 0.2 / sqrt(2 · 8 layers)
+        "layers/mlp/down/kernel": 0.05,
+    }.items():
+        leaf = dict(paths_and_leaves(params))[path]
+        np.testing.assert_allclose(leaf.std(), expected, rtol=0.08, err_msg=path)
+    layers = dict(paths_and_leaves(params))["layers/mlp/up/kernel"]
+    assert (layers[0] != layers[1]).any(), "every layer has the same weights"
+    for path, leaf in paths_and_leaves(params):
+        if path.endswith(("bias", "scale")):
+            np.testing.assert_array_equal(leaf, float(path.endswith("scale")), err_msg=path)
+
+
+def test_logits_of_padding_are_minus_infinity():
+    logits = jnp.zeros((2, 3, 5))
+    assert mask_padding(logits, 5) is logits
+    got = mask_padding(logits, 3)
+    np.testing.assert_array_equal(got[0, 0], [0, 0, 0, -np.inf, -np.inf])
+
+
+def test_a_cache_has_the_models_shape_and_the_given_dtype():
+    cache = empty_cache(tiny_gpt2().decoder.config, 3, 10, jnp.bfloat16)
+    assert cache.keys_LBSKC.shape == cache.values_LBSKC.shape == (2, 3, 10, 4, 8)
+    assert cache.keys_LBSKC.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu", "tanh"])
+def test_activations_are_torchs(name):
+    torch = pytest.importorskip("torch")
+    theirs = {
+        "gelu": torch.nn.functional.gelu,
+        "gelu_new": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+        "relu": torch.relu,
+        "silu": torch.nn.functional.silu,
+        "tanh": torch.tanh,
+    }
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    got = decoder_module.ACTIVATIONS[name](x)
+    np.testing.assert_allclose(got, theirs[name](torch.tensor(x)).numpy(), rtol=0, atol=2e-6)
