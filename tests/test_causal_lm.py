@@ -1,0 +1,128 @@
+"""CausalLM: opened from fields or a folder, called, generating; bad input named."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_tokenizers import packaged_bytes
+from tiny_models import FIELDS, draw_params, one_device, tiny_gpt2
+
+from jax_sft.model.causal_lm import CausalLM, Placement
+
+ONE = Placement(mesh=one_device())
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """A model with a tokenizer, made of fields and the tokenizer's own size and tokens."""
+    fields = {k: v for k, v in FIELDS.items() if not k.endswith("_token_id") and k != "vocab_size"}
+    model = CausalLM.open(None, fields=fields, tokenizer=packaged_bytes(), placement=ONE)
+    model.params = draw_params(model)
+    return model
+
+
+def test_a_tokenizer_gives_a_new_model_its_vocabulary_and_tokens(speaker):
+    tokenizer = packaged_bytes()
+    assert speaker.decoder.config.vocab_size == len(tokenizer)
+    assert speaker.config.eos_token_id == tokenizer.eos_token_id
+    assert speaker.stop_ids == [tokenizer.eos_token_id]
+
+
+def test_positions_and_segments_have_defaults():
+    model = tiny_gpt2()
+    tokens = [[5, 3, 9], [1, 2, 0]]
+    got = model(tokens)
+    assert got.shape == (2, 3, 67) and got.dtype == jnp.float32
+    explicit = model(np.array(tokens), [[0, 1, 2]] * 2, [[1, 1, 1]] * 2)
+    np.testing.assert_array_equal(got, explicit)
+    # Two segments in a row are two rows.
+    packed = model([[5, 3, 9]], [[0, 1, 0]], [[1, 1, 2]])
+    np.testing.assert_allclose(packed[0, :2], got[0, :2], rtol=0, atol=1e-5)
+    assert (packed[0, 2] != got[0, 2]).any()
+
+
+def test_dropout_of_pre_training_is_off_unless_asked_for():
+    assert not tiny_gpt2().training_decoder.numerics.dropout
+    config = tiny_gpt2(attn_pdrop=0.2).decoder.config
+    rates = (config.embed_dropout, config.attention_dropout, config.residual_dropout)
+    assert rates == (0.0, 0.2, 0.0)
+
+
+def test_num_params_counts_no_padding():
+    model = tiny_gpt2()
+    expected = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    assert model.num_params == expected
+    padded = CausalLM(model.config, placement=ONE)
+    padded.decoder = dataclasses.replace(padded.decoder, vocab_padding=3, parent=None)
+    assert padded.num_params == expected
+
+
+def test_generate_is_text_to_text_and_keeps_to_its_seed(speaker):
+    kwargs = dict(max_new_tokens=6, temperature=1.5)
+    got = speaker.generate(["ab", "c"], seed=1, **kwargs)
+    assert len(got) == 2 and all(isinstance(text, str) for text in got)
+    assert speaker.generate(["ab", "c"], seed=1, **kwargs) == got
+    assert speaker.generate(["ab", "c"], seed=2, **kwargs) != got
+
+
+def test_stop_sequences_end_an_output_and_are_cut_off(speaker):
+    [full] = speaker.generate(["ab"], max_new_tokens=12, do_sample=False)
+    stop = full[2:4]
+    [cut] = speaker.generate(["ab"], max_new_tokens=12, do_sample=False, stop_sequences=[stop])
+    assert cut == full[: full.index(stop)].rstrip()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kwargs", "message"),
+    [
+        ("ab", {}, "prompts is the string 'ab': pass a list of strings"),
+        (["ab"], dict(max_tokens=3), "gen_kwargs has no 'max_tokens': choose among"),
+        (["a" * 64], {}, r"prompts\[0\] has 64 tokens, and with max_new_tokens=40 exceeds"),
+    ],
+)
+def test_bad_prompts_and_arguments_are_named(speaker, prompts, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        speaker.generate(prompts, **kwargs)
+
+
+def test_without_a_tokenizer_there_is_no_text():
+    with pytest.raises(ValueError, match="this model has no tokenizer: pass one"):
+        tiny_gpt2().generate(["ab"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(model_type="gpt3"), "model_type 'gpt3' is unknown to transformers"),
+        (dict(model_type="bert"), "model_type 'bert' is not supported: choose one of"),
+        (FIELDS | dict(n_layers=2), "model.config.n_layers is no field of GPT2Config"),
+        (FIELDS | dict(n_head=5), "n_embd=32 does not divide by n_head=5"),
+        (FIELDS | dict(activation_function="mish"), "activation_function='mish' is not built"),
+        (FIELDS | dict(add_cross_attention=True), "add_cross_attention=True is for encoder"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CausalLM.open(None, fields=fields, placement=ONE)
+
+
+def test_more_unfrozen_layers_than_there_are():
+    with pytest.raises(ValueError, match="num_layers_unfrozen=3, but the model has 2 layers"):
+        tiny_gpt2(placement={"num_layers_unfrozen": 3})
+
+
+def test_a_saved_model_is_opened_with_its_tokenizer_and_changed_fields(speaker, tmp_path):
+    speaker.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "gpt2"
+    opened = CausalLM.from_pretrained(tmp_path, placement=ONE)
+    assert opened.tokenizer is not None
+    kwargs = dict(max_new_tokens=6, do_sample=False)
+    assert opened.generate(["ab"], **kwargs) == speaker.generate(["ab"], **kwargs)
+    changed = CausalLM.open(tmp_path, fields=dict(resid_pdrop=0.5), placement=ONE)
+    assert changed.decoder.config.residual_dropout == 0.5
+    with pytest.raises(ValueError, match="model_type is 'llama', but the model in model_path"):
+        CausalLM.open(tmp_path, fields=dict(model_type="llama"), placement=ONE)
