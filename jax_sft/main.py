@@ -4,6 +4,8 @@ In: flags. Out: a run's folder (see README). A user's mistake ends in one line a
 a run stopped by SIGTERM in a checkpoint and exit code 75 (see `interrupt.STOPPED`).
 """
 
+import os
+import sys
 from collections.abc import Sequence
 
 from jax_sft.command import run_command
@@ -21,6 +23,8 @@ def main(argv: Sequence[str]) -> None:
         return
     config = config_from_flags(argv)
     config.validate()
+    if not sys.stderr.isatty():  # `datasets` draws its bars into logs, too
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from jax_sft.train import train  # after the flags are known to be right: it takes seconds
 
     train(config=config)
