@@ -6,6 +6,7 @@ In: a config, samples, prompts, a metric. Out: a trained model, and a run's fold
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -408,7 +409,12 @@ class SFTTrainer:
         if self._best is not None:
             say("saved", f"{self.run_dir / BEST} (the best by {self.config.train.best_metric})")
         say("saved", f"{self.run_dir / METRICS}, {self.run_dir / CHECKPOINTS} (to resume)")
-        say("try it", f'python -m jax_sft.generate --model={final} --prompt="..."')
+        say("try it", f"python -m jax_sft.generate --model={final} --prompt={self._example()}")
+
+    def _example(self) -> str:
+        """A prompt to paste into a shell."""
+        text = "" if self.inputs.prompts is None else self.inputs.prompts.texts[0]
+        return shlex.quote(text) if 0 < len(text) < 80 and text.isprintable() else '"..."'
 
 
 def _refuse(**arguments: Any) -> None:

@@ -55,6 +55,7 @@ def test_it_trains_exports_and_prompts(config_file, tmp_path, monkeypatch, capsy
         assert words in shown.out
     last = shown.out.splitlines()[-1]
     assert last.startswith("try it") and f"--model={tmp_path / 'run' / 'hf_model'}" in last
+    assert last.endswith("--prompt='1 + 1 ='")
 
     given = (f"--checkpoint_dir={tmp_path / 'run'}", f"--output={tmp_path / 'exported'}")
     assert command(monkeypatch, export, *given) is None
