@@ -112,7 +112,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "config": Key({}, "dict", "transformers config fields; all of them for init='random'"),
         "dtype": _choice("auto", ("auto", "float32", "bfloat16"), "compute; auto: float32 on CPU"),
         "param_dtype": _choice("auto", ("auto", "float32", "bfloat16"), "weights; auto: float32"),
-        "remat": _choice("none", ("none", "full", "dots"), "what the backward pass recomputes"),
+        "remat": _choice("dots", ("dots", "none", "full"), "recomputed backward: all but products"),
         "attention": _choice("auto", ("auto", "xla"), "attention backend; auto: by platform"),
     },
     "tokenizer": {

@@ -69,40 +69,45 @@ def attend(
     Returns:
         out_BTHC, in the dtype of the values.
     """
-    num_tokens, num_keys = q_BTHC.shape[1], k_BSKC.shape[1]
+    B, T, H, C = q_BTHC.shape
+    S, K = k_BSKC.shape[1:3]
+    # Heads before tokens, once: otherwise every product would bring them there for itself.
+    q_BKGTC = jnp.moveaxis(q_BTHC.reshape(B, T, K, H // K, C), 1, 3)
+    k_BKSC, v_BKSC = jnp.swapaxes(k_BSKC, 1, 2), jnp.swapaxes(v_BSKC, 1, 2)
+    attend_chunk = jax.checkpoint(_attend_chunk, static_argnums=(5,), prevent_cse=False)
     out = []
-    for start in range(0, num_tokens, QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, num_tokens)
-        seen = stop if num_tokens == num_keys else num_keys
+    for start in range(0, T, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, T)
+        seen = stop if T == S else S
         mask_BTS = (q_segment_ids_BT[:, start:stop, None] == k_segment_ids_BS[:, None, :seen]) & (
             q_positions_BT[:, start:stop, None] >= k_positions_BS[:, None, :seen]
         )
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        attend_chunk = jax.checkpoint(_attend_chunk, static_argnums=(5,), prevent_cse=False)
-        chunk = (q_BTHC[:, start:stop], k_BSKC[:, :seen], v_BSKC[:, :seen], mask_BTS)
+        chunk = (q_BKGTC[..., start:stop, :], k_BKSC[:, :, :seen], v_BKSC[:, :, :seen], mask_BTS)
         out.append(attend_chunk(*chunk, scale, dropout_rate, key))
-    return jnp.concatenate(out, axis=1)
+    return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(B, T, H, C)
 
 
 def _attend_chunk(
-    q_BTHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
+    q_BKGTC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
     mask_BTS: jax.Array,
     scale: float | jax.Array,
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
     scores_BKGTS = jnp.einsum(
-        "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
+        "BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32
     )
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * scale, MASKED)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    bias_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+    scores_BKGTS = scores_BKGTS * scale + bias_B11TS
+    largest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
+    # Divided by at the end, where there are C numbers a query, and not S.
+    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
     if dropout_rate:
         kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights_BKGTS.shape)
         weights_BKGTS = jnp.where(kept, weights_BKGTS / (1.0 - dropout_rate), 0.0)
-    out_BTKGC = jnp.einsum("BKGTS,BSKC->BTKGC", weights_BKGTS.astype(v_BSKC.dtype), v_BSKC)
-    return out_BTKGC.reshape(B, T, H, C)
+    out_BKGTC = jnp.einsum("BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC)
+    return (out_BKGTC / total_BKGT1).astype(v_BKSC.dtype)

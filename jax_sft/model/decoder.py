@@ -7,6 +7,7 @@ position, so that a row's length is all that decoding needs to know.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from jax_sft.model.attention import attend
 from jax_sft.model.types import DecoderConfig
-from jax_sft.sharding import constrain
+from jax_sft.sharding import constrain, merge_tokens
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -86,17 +87,16 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """An einsum with a kernel, plus a bias on the kernel's output axes.
+    """Sums the last axes of x with the first of a kernel, and adds a bias on its other axes.
 
     Attributes:
-        einsum: such as "BTD,DHC->BTHC".
-        shape: of the kernel.
+        shape: of the kernel, inputs before outputs.
         axes: logical axes of the kernel.
         num_inputs: leading axes of the kernel that are summed over.
         init_std: standard deviation of random weights.
+        numerics: dtypes.
     """
 
-    einsum: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     num_inputs: int
@@ -105,18 +105,21 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects x as the einsum says."""
+        """Takes x [B, T, *inputs] to [B, T, *outputs]."""
         dtype, param_dtype = self.numerics.dtype, self.numerics.param_dtype
         init = nn.initializers.normal(self.init_std)
         kernel = self.param("kernel", _axes(init, *self.axes), self.shape, param_dtype)
+        outputs = self.shape[self.num_inputs :]
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.axes)
         bias = self.param(
             "bias",
             _axes(nn.initializers.zeros, *bias_axes[self.num_inputs :]),
-            self.shape[self.num_inputs :],
+            outputs,
             param_dtype,
         )
-        y = jnp.einsum(self.einsum, x, kernel.astype(dtype))
+        kernel_IO = kernel.astype(dtype).reshape(math.prod(self.shape[: self.num_inputs]), -1)
+        x_BTI = x.reshape(*x.shape[:2], -1)
+        y = (merge_tokens(x_BTI) @ kernel_IO).reshape(*x.shape[:2], *outputs)
         return y + _broadcast(bias.astype(dtype), y)
 
 
@@ -136,9 +139,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
             axes = ("embed", axis, "head_width")
-            linear = Linear(
-                "BTD,DHC->BTHC", (D, heads, C), axes, 1, c.init_std, self.numerics, name=name
-            )
+            linear = Linear((D, heads, C), axes, 1, c.init_std, self.numerics, name=name)
             return constrain(linear(x_BTD), "batch", "tokens", axis, None)
 
         q_BTHC = project("query", H, "heads")
@@ -165,9 +166,7 @@ class Attention(nn.Module):
             dropout_key=self.make_rng("dropout") if dropout_rate else None,
         )
         axes = ("heads", "head_width", "embed")
-        out = Linear(
-            "BTHC,HCD->BTD", (H, C, D), axes, 2, c.residual_init_std, self.numerics, name="out"
-        )
+        out = Linear((H, C, D), axes, 2, c.residual_init_std, self.numerics, name="out")
         return out(out_BTHC), cache
 
 
@@ -182,10 +181,10 @@ class MLP(nn.Module):
         """Returns what is added to the residual stream."""
         c, n = self.config, self.numerics
         D, F = c.width, c.mlp_width
-        up = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), 1, c.init_std, n, name="up")
+        up = Linear((D, F), ("embed", "mlp"), 1, c.init_std, n, name="up")
         h_BTF = constrain(ACTIVATIONS[c.activation](up(x_BTD)), "batch", "tokens", "mlp")
         axes = ("mlp", "embed")
-        return Linear("BTF,FD->BTD", (F, D), axes, 1, c.residual_init_std, n, name="down")(h_BTF)
+        return Linear((F, D), axes, 1, c.residual_init_std, n, name="down")(h_BTF)
 
 
 class Block(nn.Module):
