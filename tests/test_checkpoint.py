@@ -1,3 +1,5 @@
+"""Checkpoints: what is saved comes back bit for bit, and what is damaged is said so."""
+
 import os
 import random
 import re

@@ -1,3 +1,5 @@
+"""A step counts once its manifest stands, and only while its files are as the manifest says."""
+
 import re
 
 import pytest
