@@ -464,6 +464,23 @@ def test_a_failed_export_leaves_the_old_weights(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_an_export_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
+    write_weights = pretrained.write_weights
+
+    def flip_the_last_byte(folder, *args, **kwargs):
+        write_weights(folder, *args, **kwargs)
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    write_folder(tmp_path / "source", make_tensors())
+    loaded = load(tmp_path / "source")
+    monkeypatch.setattr(pretrained, "write_weights", flip_the_last_byte)
+    with pytest.raises(OSError, match="reads back other than it was written"):
+        save(loaded, tmp_path / "copy")
+
+
 def test_export_to_a_place_that_is_no_folder(tmp_path):
     loaded = load(write_folder(tmp_path / "in", make_tensors()))
     with pytest.raises(ValueError, match="cannot be written"):

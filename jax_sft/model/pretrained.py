@@ -158,6 +158,7 @@ def save_params(
 
     Raises:
         ValueError: an unknown dtype, or the folder cannot be written.
+        OSError: what was written does not read back bit for bit.
     """
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(FLOATS)}")
@@ -182,6 +183,24 @@ def save_params(
             pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("weights written")
+    _check_written(folder, entries, leaves)
+
+
+def _check_written(
+    folder: Path, entries: dict[str, tuple[TensorSpec, Kind, int]], leaves: dict[str, jax.Array]
+) -> None:
+    """Reads the weights back, one tensor at a time, and compares every bit."""
+    files = WeightFiles(folder) if jax.process_index() == 0 else None
+    for name, (spec, kind, layer) in entries.items():
+        expected = _gather_tensor(kind, layer, leaves).astype(jnp.dtype(spec.dtype))
+        if files is None:
+            continue
+        written = files.read(name, tuple(slice(0, size) for size in spec.shape))
+        if written.dtype != expected.dtype or written.tobytes() != expected.tobytes():
+            raise OSError(
+                f"{folder}: {name} reads back other than it was written; the disk may be full or "
+                "failing, so save to another folder"
+            )
 
 
 def _place(reader: BlockReader, struct: jax.ShapeDtypeStruct, staging_bytes: int) -> jax.Array:
