@@ -25,16 +25,16 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     from jax_sft.checkpoint import Checkpoints  # after --help: these take seconds
     from jax_sft.config import SFTConfig
-    from jax_sft.inputs import find_tokenizer
+    from jax_sft.data.tokenization import load_tokenizer
     from jax_sft.recipe import open_model
-    from jax_sft.run_folder import read_config
+    from jax_sft.run_folder import TOKENIZER, read_config
 
     run_dir = Path(args.checkpoint_dir)
     checkpoints = Checkpoints.open_for_reading(run_dir)
     step = checkpoints.latest() if args.step is None else args.step
     config = SFTConfig.from_dict(read_config(run_dir))
     config.mesh = {}  # this machine's devices, not those that the run had
-    model = open_model(config, find_tokenizer(config, None))
+    model = open_model(config, load_tokenizer(run_dir / TOKENIZER))
     model.source_dtypes = checkpoints.read_data(step)["source_dtypes"]
     like = {"params": model.param_structs()}
     model.params = checkpoints.restore(step, like, part="params/")["params"]

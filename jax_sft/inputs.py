@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
         examples: what is trained.
         counts: what became of the samples.
         eval_examples: held-out samples, or None.
+        eval_counts: what became of them, or None.
         prompts: to generate from, or None.
         metric_fn: scores outputs, or None.
         stop_sequences: strings that end an output.
@@ -46,6 +47,7 @@ class Inputs(NamedTuple):
     examples: Examples
     counts: Counts
     eval_examples: Examples | None
+    eval_counts: Counts | None
     prompts: Prompts | None
     metric_fn: MetricFn | None
     stop_sequences: tuple[str, ...]
@@ -95,15 +97,20 @@ def load_inputs(
             "no samples: pass samples=[...], or set data.train to a file, a hub name or "
             "module:function"
         )
+    if samples is None and eval_samples is None and config.data.eval == config.data.train:
+        raise ValueError(
+            f"data.eval is {config.data.eval!r}, as data.train is, so that it would measure what "
+            "was trained: set it to held-out samples, or None"
+        )
     prompts = _load_prompts(config, eval_prompts, tokenizer)
     if metric_fn is None and config.data.metric_fn is not None:
         metric_fn = load_function(config.data.metric_fn)
     train_samples = _load(config, samples, config.data.train)
     examples, counts = _tokenize(config, train_samples, tokenizer)
-    eval_examples = None
+    eval_examples = eval_counts = None
     if eval_samples is not None or config.data.eval is not None:
         held_out = _load(config, eval_samples, config.data.eval)
-        eval_examples, _ = _tokenize(config, held_out, tokenizer)
+        eval_examples, eval_counts = _tokenize(config, held_out, tokenizer)
         if not len(eval_examples):
             raise ValueError("no eval sample has a trained token: pass others, or none")
     return Inputs(
@@ -111,6 +118,7 @@ def load_inputs(
         examples=examples,
         counts=counts,
         eval_examples=eval_examples,
+        eval_counts=eval_counts,
         prompts=prompts,
         metric_fn=metric_fn,
         stop_sequences=tuple(stop_sequences) or tuple(config.data.stop_sequences),
@@ -120,15 +128,32 @@ def load_inputs(
 def find_tokenizer(
     config: SFTConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer that was passed, or the one that the config names."""
+    """Returns the tokenizer that was passed, or the one that the config names.
+
+    Raises:
+        ValueError: there is none to load, or what was passed is none.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer is a {type(tokenizer).__name__}: pass a transformers tokenizer, or set "
+            "config.tokenizer.tokenizer_path"
+        )
     if tokenizer is not None:
         return tokenizer
-    path = config.tokenizer.tokenizer_path
-    return load_tokenizer(
-        config.model.model_path if path is None else path,
-        truncation_side=config.tokenizer.truncation_side,
-        chat_template=config.tokenizer.chat_template,
-    )
+    path, model_path = config.tokenizer.tokenizer_path, config.model.model_path
+    try:
+        return load_tokenizer(
+            model_path if path is None else path,
+            truncation_side=config.tokenizer.truncation_side,
+            chat_template=config.tokenizer.chat_template,
+        )
+    except ValueError as error:
+        if path is not None:
+            raise
+        raise ValueError(
+            f"model.model_path is {model_path!r} and tokenizer.tokenizer_path is not set, and "
+            f"{error}, as --config.model.model_path=DIR"
+        ) from None
 
 
 def _load(config: SFTConfig, samples: Any, source: str | None) -> Sequence[Sample]:
@@ -175,6 +200,11 @@ def _load_prompts(
     if not isinstance(source, str) and not len(source):  # the way to ask for none
         return None
     prompts, metadata = load_eval_prompts(source)
+    taken = sorted({"samples", "prompts", "outputs"} & set(metadata))
+    if taken:
+        raise ValueError(
+            f"eval prompts have a key {taken[0]!r}, which metric_fn is given already: rename it"
+        )
     ids = [
         prompt_ids(
             prompt,

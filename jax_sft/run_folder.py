@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.json"
+TOKENIZER = "tokenizer"
 DATA_REPORT = "data_report.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -56,23 +57,24 @@ def check_writable(run_dir: Path) -> None:
 def set_aside(run_dir: Path) -> Path | None:
     """Renames a folder that holds a run to the first free of name.1, name.2, ...
 
+    Args:
+        run_dir: a resolved path: after the rename, "." would mean the renamed folder.
+
     Returns:
         The new name, or None where there was no run.
     """
     if not (run_dir / CONFIG).is_file():
         return None
     number = 1
-    place = run_dir.resolve()  # "." has no name
-    while (other := place.with_name(f"{place.name}.{number}")).exists():
+    while (other := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     try:
-        place.rename(other)
+        return run_dir.rename(other)
     except OSError as error:
         raise ValueError(
             f"{run_dir} holds an earlier run, and cannot be renamed to {other} "
             f"({error.strerror}): set train.checkpoint_dir to another folder"
         ) from None
-    return run_dir.with_name(other.name) if run_dir.name == place.name else other
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ In: the config, the model, the batch arithmetic and the data report. Out: lines 
 output, from the first process alone.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,12 @@ def say(what: str, text: str) -> None:
     """Prints a line, once for all processes, with what it is about in a column of its own."""
     if jax.process_index() == 0:
         print(f"{what:<11} {text}", flush=True)
+
+
+def shown(path: Path) -> Path:
+    """Returns a path as a person would write it: without the folder that they are in."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def print_start(
@@ -59,6 +66,8 @@ def print_start(
         say("mfu", flops.FORMULA)
     if jax.process_index() == 0:
         print_report(data_report)
+        if "eval" in data_report:
+            print_report(data_report["eval"], title="eval data")
 
 
 def flops_a_step(config: SFTConfig, model: CausalLM) -> float:

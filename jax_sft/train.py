@@ -6,6 +6,7 @@ In: a config, samples, prompts, a metric. Out: a trained model, and a run's fold
 
 import contextlib
 import functools
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +39,18 @@ from jax_sft.recipe import (
     open_model,
     split_best_metric,
 )
-from jax_sft.run_folder import BEST, CHECKPOINTS, CONFIG, DATA_REPORT, FINAL, METRICS, TENSORBOARD
+from jax_sft.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    DATA_REPORT,
+    FINAL,
+    METRICS,
+    TENSORBOARD,
+    TOKENIZER,
+)
 from jax_sft.sharding import named_sharding
-from jax_sft.startup import flops_a_step, peak_flops, print_start, say
+from jax_sft.startup import flops_a_step, peak_flops, print_start, say, shown
 from jax_sft.tracking import Tracker
 from jax_sft.train_step import TrainState, batch_sums
 
@@ -89,6 +99,11 @@ def train(
         ValueError: the config or the data are not as they must be; one line says what to do.
         FloatingPointError: a step's loss or gradient was not finite.
     """
+    if config is not None and not isinstance(config, SFTConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}: pass an SFTConfig, as default_sft_config() or "
+            "SFTConfig.from_dict({...})"
+        )
     _refuse(reward_fn=reward_fn, rewards=rewards, prompts=prompts, dataset=dataset)
     config = (default_sft_config() if config is None else config).evolve()
     if model_path is not None:
@@ -126,7 +141,8 @@ class SFTTrainer:
     def __init__(self, config: SFTConfig, *, model: CausalLM, inputs: Inputs) -> None:
         check_inputs(config, model, inputs)
         self.config, self.model, self.inputs = config, model, inputs
-        self.run_dir = Path(config.train.checkpoint_dir)
+        # Resolved once: a renamed folder takes "." and what links point to along with it.
+        self.run_dir = Path(config.train.checkpoint_dir).resolve()
         self._batches = make_batches(config, inputs.examples)
         self._row_sharding = named_sharding(model.mesh, "batch", "tokens")
         self.num_steps = min(self._batches.num_steps, config.train.total_steps)
@@ -136,6 +152,8 @@ class SFTTrainer:
             plan=self._batches.plan(0),
             steps_per_epoch=self._batches.steps_in_epoch(0),
         )
+        if inputs.eval_examples is not None:
+            self.data_report["eval"] = data_report(inputs.eval_examples, inputs.eval_counts)
         self._best: float | None = None
 
     @property
@@ -148,7 +166,10 @@ class SFTTrainer:
         with contextlib.ExitStack() as opened:  # however it ends, files and threads are closed
             step = self._train(*self._start(opened))
         if step < self.num_steps:
-            say("stopped", f"by SIGTERM, saved step {step} of {self.num_steps} in {self.run_dir}")
+            say(
+                "stopped",
+                f"by SIGTERM, saved step {step} of {self.num_steps} in {shown(self.run_dir)}",
+            )
             say("go on", "with --config.train.resume_from_checkpoint=auto")
             raise SystemExit(STOPPED)
         self._finish()
@@ -249,7 +270,7 @@ class SFTTrainer:
         step, state, data = restored or (0, self._first_state(update), _NOTHING_YET)
         self._step, seconds = compile_step(config, model, update)
         say("compiled", f"the train step in {seconds:.1f} s")
-        goes_on = restored is not None and resume_dir.resolve() == self.run_dir.resolve()
+        goes_on = restored is not None and resume_dir.resolve() == self.run_dir
         self._best = data["best"] if goes_on else None  # another folder's best/ is not here
         self._open_folder(step if goes_on else None, opened)
         self._progress = Progress(
@@ -307,10 +328,11 @@ class SFTTrainer:
         config, is_writer = self.config, jax.process_index() == 0
         if is_writer:
             if resume_step is None and (old := run_folder.set_aside(self.run_dir)):
-                say("kept", f"{self.run_dir} held an earlier run, which is now {old}")
+                say("kept", f"{shown(self.run_dir)} held an earlier run, now {shown(old)}")
             self.run_dir.mkdir(parents=True, exist_ok=True)
             run_folder.write_json(self.run_dir / CONFIG, config.to_dict())
             run_folder.write_json(self.run_dir / DATA_REPORT, self.data_report)
+            self.inputs.tokenizer.save_pretrained(self.run_dir / TOKENIZER)
         train = config.train
         self._checkpoints = Checkpoints(
             self.run_dir, keep=train.keep_checkpoints, is_writer=is_writer
@@ -382,10 +404,12 @@ class SFTTrainer:
                 f"train.best_metric names {name!r}, which is not measured: choose one of "
                 f"{sorted(metrics)}"
             )
+        if not math.isfinite(metrics[name]):
+            return
         if self._best is None or sign * metrics[name] > sign * self._best:
             self._best = metrics[name]
             self.save_pretrained(self.run_dir / BEST)
-            say("best", f"{name} {self._best:.4g}, saved in {self.run_dir / BEST}")
+            say("best", f"{name} {self._best:.4g}, saved in {shown(self.run_dir / BEST)}")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._progress.flush()
@@ -403,13 +427,14 @@ class SFTTrainer:
             self._checkpoints.save(step, saved, data)
 
     def _finish(self) -> None:
-        final = self.run_dir / FINAL
-        self.save_pretrained(final)
-        say("saved", f"{final} (weights, tokenizer, model card; transformers loads it)")
+        self.save_pretrained(self.run_dir / FINAL)
+        folder = shown(self.run_dir)
+        say("saved", f"{folder / FINAL} (weights, tokenizer, model card; transformers loads it)")
         if self._best is not None:
-            say("saved", f"{self.run_dir / BEST} (the best by {self.config.train.best_metric})")
-        say("saved", f"{self.run_dir / METRICS}, {self.run_dir / CHECKPOINTS} (to resume)")
-        say("try it", f"python -m jax_sft.generate --model={final} --prompt={self._example()}")
+            say("saved", f"{folder / BEST} (the best by {self.config.train.best_metric})")
+        say("saved", f"{folder / METRICS}, {folder / CHECKPOINTS} (to resume)")
+        prompt = f"--model={folder / FINAL} --prompt={self._example()}"
+        say("try it", f"python -m jax_sft.generate {prompt}")
 
     def _example(self) -> str:
         """A prompt to paste into a shell."""

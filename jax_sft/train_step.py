@@ -189,12 +189,13 @@ def train_step(
     # One division, by the global weight: exact for any mesh and any number of microbatches.
     divisor = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
     loss = loss_sum / divisor
-    grads = jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
-    grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / divisor, grads)
+    grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (weight_sum > 0)
     if max_grad_norm is not None:
         shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
-        grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: g * shrink, grads)
+    grads = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, kept)
     updates, opt_state = optimizer.update(grads, state.opt_state, kept)
     new = TrainState(state.step + 1, combine(optax.apply_updates(kept, updates), rest), opt_state)
     new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
@@ -226,6 +227,7 @@ def _sum_over_microbatches(
         (loss_sum, weight_sum), grads = grad_fn(kept, microbatch, key)
         return jax.tree.map(jnp.add, sums, (loss_sum, weight_sum, grads)), None
 
-    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, kept))
+    no_grads = jax.tree.map(lambda param: jnp.zeros_like(param, jnp.float32), kept)
+    zeros = (jnp.float32(0), jnp.float32(0), no_grads)
     xs = (jax.tree.map(split, batch), jax.random.split(key, num_microbatches))
     return jax.lax.scan(add, zeros, xs)[0]

@@ -44,6 +44,20 @@ def test_positions_and_segments_have_defaults():
     assert (packed[0, 2] != got[0, 2]).any()
 
 
+def test_what_the_model_has_no_row_for_is_refused():
+    model = tiny_gpt2()
+    num_positions = model.decoder.config.num_positions
+    with pytest.raises(ValueError, match=f"position {num_positions} is outside"):
+        model([[1] * (num_positions + 1)])
+    with pytest.raises(ValueError, match="position 99999 is outside"):
+        model([[1, 2]], [[0, 99999]])
+    for token in (67, -1):
+        with pytest.raises(ValueError, match=f"token id {token} is outside .* it has 67"):
+            model(np.array([[1, token]]))
+    with pytest.raises(ValueError, match="shape .2.: pass"):
+        model([1, 2])
+
+
 def test_dropout_of_pre_training_is_off_unless_asked_for():
     assert not tiny_gpt2().training_decoder.numerics.dropout
     config = tiny_gpt2(attn_pdrop=0.2).decoder.config

@@ -20,11 +20,12 @@ def load(config, tokenizer=None, **given):
 def test_arguments_win_over_the_config(tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("from the file\n")
+    (tmp_path / "held_out.txt").write_text("held out\n")
     config = tiny_config(
         "run",
         data=dict(
             train=str(file),
-            eval=str(file),
+            eval=str(tmp_path / "held_out.txt"),
             eval_prompts=("asked",),
             stop_sequences=("stop",),
             metric_fn="math:sqrt",
@@ -32,7 +33,8 @@ def test_arguments_win_over_the_config(tmp_path):
     )
     from_config = load(config, samples=None)
     assert "from the file" in from_config.examples[0].text()
-    assert "from the file" in from_config.eval_examples[0].text()
+    assert "held out" in from_config.eval_examples[0].text()
+    assert from_config.eval_counts.kept == 1
     assert from_config.prompts.texts == ["asked"]
     assert from_config.stop_sequences == ("stop",)
     assert from_config.metric_fn(4.0) == 2.0
@@ -49,6 +51,30 @@ def test_arguments_win_over_the_config(tmp_path):
     assert passed.eval_examples[0].text().startswith("b")
     assert (passed.prompts.texts, passed.stop_sequences) == (["c"], ("d",))
     assert passed.metric_fn is len
+
+
+def test_what_was_trained_does_not_measure(tmp_path):
+    (tmp_path / "texts.txt").write_text("one\n")
+    source = str(tmp_path / "texts.txt")
+    with pytest.raises(ValueError, match="data.eval is .*texts.txt', as data.train is"):
+        load(tiny_config("run", data=dict(train=source, eval=source)), samples=None)
+
+
+def test_metadata_may_not_take_the_names_that_metric_fn_is_given():
+    with pytest.raises(ValueError, match="key 'outputs', which metric_fn is given"):
+        load(tiny_config("run"), eval_prompts=[{"prompt": "a", "outputs": "b"}])
+
+
+def test_a_path_is_no_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer is a str: pass a transformers tokenizer"):
+        find_tokenizer(tiny_config("run"), "folder")
+
+
+def test_without_a_tokenizer_of_its_own_the_model_is_named():
+    config = tiny_config("run", tokenizer=dict(tokenizer_path=None))
+    config.model.model_path = "no/such/model"
+    with pytest.raises(ValueError, match="model.model_path is 'no/such/model' and .*DIR"):
+        find_tokenizer(config, None)
 
 
 def test_without_prompts_the_tokenizers_bos_is_asked(tmp_path):

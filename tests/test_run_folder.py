@@ -33,7 +33,7 @@ def test_the_current_folder_can_be_set_aside(tmp_path, monkeypatch):
     run_dir.mkdir()
     run_folder.write_json(run_dir / run_folder.CONFIG, {})
     monkeypatch.chdir(run_dir)
-    assert run_folder.set_aside(run_folder.Path(".")) == tmp_path / "run.1"
+    assert run_folder.set_aside(run_folder.Path(".").resolve()) == tmp_path / "run.1"
 
 
 def test_a_place_below_a_file_is_not_writable(tmp_path):

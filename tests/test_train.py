@@ -23,6 +23,7 @@ from jax_sft.checkpoint import Checkpoints
 from jax_sft.config import BYTE_TOKENIZER
 from jax_sft.data.batches import Batches
 from jax_sft.manifest import complete_steps
+from jax_sft.run_folder import read_config
 
 
 def scores(samples, prompts, outputs, **metadata):
@@ -161,7 +162,31 @@ def test_a_new_run_sets_the_earlier_one_aside(tmp_path, capsys):
     assert lines_of(tmp_path / "run.1") == kept
     assert complete_steps(tmp_path / "run.1" / "checkpoints") == [1]
     assert second.data_report["kept"] == 8
-    assert f"is now {tmp_path / 'run.1'}" in capsys.readouterr().out
+    assert f"now {tmp_path / 'run.1'}" in capsys.readouterr().out
+
+
+def test_a_run_in_the_current_folder_leaves_the_earlier_one_whole(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for seed in (1, 2):
+        config = tiny_config(".", train=dict(total_steps=1, seed=seed))
+        jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config)
+    for folder, seed in (("run.1", 1), ("run", 2)):
+        assert read_config(tmp_path / folder)["train"]["seed"] == seed
+        assert len(lines_of(tmp_path / folder)) == 1
+        assert complete_steps(tmp_path / folder / "checkpoints") == [1]
+
+
+def test_nan_is_never_the_best(tmp_path):
+    values = iter([float("nan"), 0.5, float("nan")])
+    trainer = jax_sft.train(
+        samples=SAMPLES,
+        eval_prompts=PROMPTS,
+        metric_fn=lambda **_: {"x": next(values)},
+        config=tiny_config(tmp_path / "run", train=dict(best_metric="max:metrics/x")),
+    )
+    card = (trainer.run_dir / "best" / "README.md").read_text()
+    assert "metrics/x | 0.5" in card
 
 
 # ---- trlX's two usage examples, with only the import changed and a model that is at hand

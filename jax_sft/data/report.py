@@ -102,14 +102,17 @@ def check_stop_tokens(counts: Counts) -> None:
         )
 
 
-def print_report(report: dict[str, Any], *, console: Console | None = None) -> None:
+def print_report(
+    report: dict[str, Any], *, title: str = "data", console: Console | None = None
+) -> None:
     """Prints a data report as a table of one fact a line.
 
     Args:
         report: what `data_report` returned.
+        title: what stands above it.
         console: where to; None is standard output.
     """
-    table = Table(title="data", show_header=False, title_justify="left", min_width=40)
+    table = Table(title=title, show_header=False, title_justify="left", min_width=40)
     for name, value in _facts(report):
         table.add_row(name, value)
     (console or Console()).print(table)

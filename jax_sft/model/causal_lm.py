@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
@@ -253,7 +254,11 @@ class CausalLM:
 
         Returns:
             logits_BTV, float32.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or a position that the model has not.
         """
+        self._check_call(tokens_BT, positions_BT)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
@@ -268,6 +273,27 @@ class CausalLM:
                 jnp.asarray(segment_ids_BT, jnp.int32),
             )
         return logits_BTV[..., : self.decoder.config.vocab_size]
+
+    def _check_call(self, tokens_BT: Any, positions_BT: Any | None) -> None:
+        """Refuses what JAX would clamp; what is on the devices is not brought back for it."""
+        shape = np.shape(tokens_BT)
+        if len(shape) != 2:
+            raise ValueError(f"tokens_BT has shape {list(shape)}: pass [rows, tokens]")
+        c = self.decoder.config
+        last = shape[1] - 1 if positions_BT is None else 0
+        checked = [
+            ("position", last, c.num_positions),
+            ("token id", tokens_BT, c.vocab_size),
+            ("position", 0 if positions_BT is None else positions_BT, c.num_positions),
+        ]
+        for what, values, end in checked:
+            if isinstance(values, jax.Array) or not np.size(values):
+                continue
+            for value in (int(np.min(values)), int(np.max(values))):
+                if not 0 <= value < end and shape[1]:
+                    raise ValueError(
+                        f"{what} {value} is outside the model's range: it has {end}, from 0"
+                    )
 
     def generate(
         self,

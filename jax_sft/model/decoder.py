@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.model.attention import attend
 from jax_sft.model.types import DecoderConfig
@@ -30,7 +31,11 @@ ACTIVATIONS = {
 # What a block keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products with kernels, and what attention gives: its scores are computed again anyway.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attended"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -165,6 +170,7 @@ class Attention(nn.Module):
             dropout_rate=dropout_rate,
             dropout_key=self.make_rng("dropout") if dropout_rate else None,
         )
+        out_BTHC = checkpoint_name(out_BTHC, "attended")
         axes = ("heads", "head_width", "embed")
         out = Linear((H, C, D), axes, 2, c.residual_init_std, self.numerics, name="out")
         return out(out_BTHC), cache
