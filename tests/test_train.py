@@ -119,7 +119,7 @@ def test_the_folder_holds_what_a_run_leaves(ran):
     names = {path.name for path in ran.run_dir.iterdir()}
     assert names == {
         "config.json", "data_report.json", "metrics.jsonl", "samples", "checkpoints", "hf_model",
-        "best",
+        "best", "tokenizer",
     }  # fmt: skip
     assert complete_steps(ran.run_dir / "checkpoints") == [3, 5]
     written = json.loads((ran.run_dir / "config.json").read_text())
