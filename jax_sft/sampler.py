@@ -24,7 +24,7 @@ from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import constrain
 
 MAX_ROWS = 64  # prompts decoded at once
-PROMPT_BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths compile
+PROMPT_BUCKET = 16  # prompts are padded to a multiple of this, so that few lengths compile
 DRAW_BLOCK = 256  # tokens of the vocabulary in a block; about the root of its size
 STOP_CHECK_INTERVAL = 8  # tokens between two looks at the stop strings
 
