@@ -1,0 +1,114 @@
+"""Llama 1 to 3.3: RMS norms, rotary positions, grouped heads, gated MLP.
+
+Touvron et al. (2023), "LLaMA", and Grattafiori et al. (2024), "The Llama 3 Herd of Models";
+the options are those of `transformers.LlamaConfig`. A family that is Llama but for a switch
+takes what is here and replaces that.
+"""
+
+from typing import Any
+
+from jax_sft.model.families import rows
+from jax_sft.model.families.options import activation
+from jax_sft.model.families.rotary_options import context_len, read_rotary
+from jax_sft.model.types import DecoderConfig, Family, Layer, Norm, Tensor
+
+DROPOUT_FIELDS = (None, "attention_dropout", None)
+HARMLESS = ("pretraining_tp",)  # splits products, and changes only how they round
+
+
+def decoder_config(config: Any) -> DecoderConfig:
+    """Builds the decoder's config from a `transformers.LlamaConfig`, or one with its fields.
+
+    Raises:
+        ValueError: an option that is not built.
+    """
+    attention_bias = getattr(config, "attention_bias", False)
+    return DecoderConfig(
+        width=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_width=config.head_dim,
+        mlp_width=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        num_positions=num_positions(config),
+        layers=(Layer(rotary=rotary(config)),) * config.num_hidden_layers,
+        norm=Norm("rms", config.rms_norm_eps),
+        activation=activation(config, "hidden_act"),
+        tied_head=config.tie_word_embeddings,
+        init_std=config.initializer_range,
+        residual_init_std=config.initializer_range,
+        attention_scale=config.head_dim**-0.5,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=getattr(config, "mlp_bias", False),
+        gated_mlp=True,
+        attention_dropout=config.attention_dropout,
+    )
+
+
+def rotary(config: Any, *, partial: bool = False) -> Any:
+    """Returns the rotary positions of a config that has the same for all layers.
+
+    Args:
+        config: the config.
+        partial: whether the family reads `partial_rotary_factor`; Llama itself does so only
+            where the positions are scaled.
+    """
+    parameters = config.rope_parameters
+    scaled = parameters.get("rope_type", "default") != "default"
+    share = parameters.get("partial_rotary_factor", 1.0) if partial or scaled else 1.0
+    return read_rotary(
+        parameters,
+        width=int(config.head_dim * share),
+        num_positions=config.max_position_embeddings,
+    )
+
+
+def num_positions(config: Any) -> int:
+    """Returns the longest context."""
+    return context_len(config.rope_parameters, config.max_position_embeddings)
+
+
+def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
+    """Returns Llama's name table."""
+    block = "model.layers.{layer}"
+    return (
+        Tensor("model.embed_tokens.weight", ("embed/tokens",), vocabulary=True),
+        *attention(config),
+        *mlp(config),
+        *rows.norm(f"{block}.input_layernorm", "layers/attention_norm", bias=False),
+        *rows.norm(f"{block}.post_attention_layernorm", "layers/mlp_norm", bias=False),
+        *rows.norm("model.norm", "final_norm", bias=False),
+        *rows.head(config),
+    )
+
+
+def attention(config: DecoderConfig) -> tuple[Tensor, ...]:
+    """The four projections, each by itself."""
+    theirs, ours = "model.layers.{layer}.self_attn", "layers/attention"
+    return (
+        *rows.linear(f"{theirs}.q_proj", f"{ours}/query", bias=config.qkv_bias),
+        *rows.linear(f"{theirs}.k_proj", f"{ours}/key", bias=config.qkv_bias),
+        *rows.linear(f"{theirs}.v_proj", f"{ours}/value", bias=config.qkv_bias),
+        *rows.linear(f"{theirs}.o_proj", f"{ours}/out", bias=config.out_bias),
+    )
+
+
+def mlp(config: DecoderConfig) -> tuple[Tensor, ...]:
+    """The gated MLP's three."""
+    theirs, ours = "model.layers.{layer}.mlp", "layers/mlp"
+    return (
+        *rows.linear(f"{theirs}.gate_proj", f"{ours}/gate", bias=config.mlp_bias),
+        *rows.linear(f"{theirs}.up_proj", f"{ours}/up", bias=config.mlp_bias),
+        *rows.linear(f"{theirs}.down_proj", f"{ours}/down", bias=config.mlp_bias),
+    )
+
+
+FAMILY = Family(
+    decoder_config=decoder_config,
+    tensors=tensors,
+    prefix="model.",
+    dropout_fields=DROPOUT_FIELDS,
+    buffers=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    harmless=HARMLESS,
+)
