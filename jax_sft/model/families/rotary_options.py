@@ -13,24 +13,28 @@ import numpy as np
 
 from jax_sft.model.types import Rotary
 
-KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-_KNOWN = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
+# What each kind needs, and what it also reads.
+_OPTIONS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
     "yarn": (
-        "factor",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "beta_fast",
-        "beta_slow",
-        "truncate",
+        (),
+        (
+            "factor",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+            "finetuned",  # says how a checkpoint came about
+        ),
     ),
-    "longrope": ("factor", "attention_factor", "long_factor", "short_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
 }
-_ALWAYS_KNOWN = (
+_OPTIONS_OF_ALL = (
     "rope_type",
     "type",
     "rope_theta",
@@ -55,20 +59,20 @@ def read_rotary(
         interleaved: see `Rotary`.
 
     Raises:
-        ValueError: an unknown `rope_type`, or an option that it does not have.
+        ValueError: a `rope_type` that is not built, an option that it does not have, or one that
+            it needs and lacks.
     """
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in KINDS:
-        raise ValueError(f"rope_type={kind!r} is not built: choose one of {list(KINDS)}")
-    unknown = set(parameters) - set(_ALWAYS_KNOWN) - set(_KNOWN[kind])
-    if unknown:
-        raise ValueError(
-            f"rope_parameters has {sorted(unknown)}, which rope_type={kind!r} does not read:"
-            " remove them, or correct their names"
-        )
+    kind = _find_kind(parameters)
+    _check_options(parameters, kind)
     base = float(parameters["rope_theta"])
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    wavelengths = np.float32(base) ** exponents  # positions in a radian
+    # Positions in a radian. The power is rounded once, so that all machines get the same.
+    wavelengths = (base ** exponents.astype(np.float64)).astype(np.float32)
+    if kind in ("dynamic", "yarn") and (width % 2 or width < 4):
+        raise ValueError(
+            f"rope_type={kind!r} with {width} numbers of a head turned is not built: choose a"
+            " head_dim and partial_rotary_factor that turn an even number, 4 or more"
+        )
     if kind == "dynamic":
         return Rotary(
             _floats(1 / wavelengths),
@@ -89,9 +93,29 @@ def read_rotary(
     return Rotary(_floats(frequencies), interleaved)
 
 
+def _find_kind(parameters: Mapping[str, Any]) -> str:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def _check_options(parameters: Mapping[str, Any], kind: str) -> None:
+    """Refuses kinds that are not built, and options too many or too few."""
+    if kind not in _OPTIONS:
+        raise ValueError(f"rope_type={kind!r} is not built: choose one of {list(_OPTIONS)}")
+    needed, optional = _OPTIONS[kind]
+    unknown = set(parameters) - {*_OPTIONS_OF_ALL, *needed, *optional}
+    if unknown:
+        raise ValueError(
+            f"rope_parameters has {sorted(unknown)}, which rope_type={kind!r} does not read:"
+            " remove them, or correct their names"
+        )
+    missing = [name for name in ("rope_theta", *needed) if parameters.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_parameters lacks {missing}, which rope_type={kind!r} needs: add it")
+
+
 def context_len(parameters: Mapping[str, Any], num_positions: int) -> int:
     """Returns the longest context: dynamic scaling stretches what the config states."""
-    if (parameters.get("rope_type") or parameters.get("type")) == "dynamic":
+    if _find_kind(parameters) == "dynamic":
         return int(num_positions * parameters["factor"])
     return num_positions
 
@@ -105,6 +129,11 @@ def _llama3(
     """
     factor = np.float32(parameters["factor"])
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    if high <= low:
+        raise ValueError(
+            f"rope_parameters.high_freq_factor={high} is not above low_freq_factor={low}:"
+            " choose a greater one"
+        )
     trained_len = parameters.get("original_max_position_embeddings") or num_positions
     turns = np.float32(trained_len) * frequencies / np.float32(2 * math.pi)
     kept = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
@@ -133,7 +162,8 @@ def _yarn(
         last += 0.001  # a ramp needs some width
     pairs = np.arange(num_pairs, dtype=np.float32)
     stretched = np.clip((pairs - np.float32(first)) / np.float32(last - first), 0, 1)
-    frequencies = stretched / (np.float32(factor) * wavelengths) + (1 - stretched) / wavelengths
+    interpolated = 1 / (np.float32(factor) * wavelengths)
+    frequencies = interpolated * stretched + 1 / wavelengths * (1 - stretched)
     return Rotary(_floats(frequencies), interleaved, factor=_yarn_factor(parameters, factor))
 
 
