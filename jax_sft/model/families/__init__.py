@@ -2,12 +2,67 @@
 
 from typing import Any
 
-from jax_sft.model.families import gpt2, llama
+from jax_sft.model.families import (
+    bloom,
+    codegen,
+    cohere,
+    cohere2,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_bigcode,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    xglm,
+)
 from jax_sft.model.types import DecoderConfig, Family
 
 FAMILIES = {
+    "bloom": bloom.FAMILY,
+    "codegen": codegen.FAMILY,
+    "cohere": cohere.FAMILY,
+    "cohere2": cohere2.FAMILY,
+    "falcon": falcon.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3_text.FAMILY,
     "gpt2": gpt2.FAMILY,
+    "gpt_bigcode": gpt_bigcode.FAMILY,
+    "gpt_neo": gpt_neo.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "gptj": gptj.FAMILY,
+    "granite": granite.FAMILY,
     "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmo": olmo.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "opt": opt.FAMILY,
+    "phi": phi.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "stablelm": stablelm.FAMILY,
+    "xglm": xglm.FAMILY,
 }
 
 # Fields that every config has and that change no logits: of generation, heads for other
