@@ -5,15 +5,16 @@ the options are those of `transformers.LlamaConfig`. A family that is Llama but 
 takes what is here and replaces that.
 """
 
+import dataclasses
 from typing import Any
 
-from jax_sft.model.families import rows
-from jax_sft.model.families.options import activation
+from jax_sft.model.families import options, rows
 from jax_sft.model.families.rotary_options import context_len, read_rotary
-from jax_sft.model.types import DecoderConfig, Family, Layer, Norm, Tensor
+from jax_sft.model.types import DecoderConfig, Family, Layer, Norm, Rotary, Tensor
 
 DROPOUT_FIELDS = (None, "attention_dropout", None)
-HARMLESS = ("pretraining_tp",)  # splits products, and changes only how they round
+# Older checkpoints hold them.
+BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
 def decoder_config(config: Any) -> DecoderConfig:
@@ -27,17 +28,17 @@ def decoder_config(config: Any) -> DecoderConfig:
         width=config.hidden_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_width=config.head_dim,
+        head_width=head_width(config),
         mlp_width=config.intermediate_size,
         vocab_size=config.vocab_size,
         num_positions=num_positions(config),
         layers=(Layer(rotary=rotary(config)),) * config.num_hidden_layers,
         norm=Norm("rms", config.rms_norm_eps),
-        activation=activation(config, "hidden_act"),
+        activation=options.activation(config, "hidden_act"),
         tied_head=config.tie_word_embeddings,
         init_std=config.initializer_range,
         residual_init_std=config.initializer_range,
-        attention_scale=config.head_dim**-0.5,
+        attention_scale=head_width(config) ** -0.5,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=getattr(config, "mlp_bias", False),
@@ -46,7 +47,20 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
-def rotary(config: Any, *, partial: bool = False) -> Any:
+def without_biases(config: Any) -> DecoderConfig:
+    """Builds the same for a family that has no biases, whatever fields its config carries."""
+    return dataclasses.replace(
+        decoder_config(config), qkv_bias=False, out_bias=False, mlp_bias=False
+    )
+
+
+def head_width(config: Any) -> int:
+    """Returns `head_dim`, which some families' configs need not have."""
+    stated = getattr(config, "head_dim", None)
+    return stated or options.head_width(config, "hidden_size", "num_attention_heads")
+
+
+def rotary(config: Any, *, partial: bool = False) -> Rotary:
     """Returns the rotary positions of a config that has the same for all layers.
 
     Args:
@@ -59,7 +73,7 @@ def rotary(config: Any, *, partial: bool = False) -> Any:
     share = parameters.get("partial_rotary_factor", 1.0) if partial or scaled else 1.0
     return read_rotary(
         parameters,
-        width=int(config.head_dim * share),
+        width=int(head_width(config) * share),
         num_positions=config.max_position_embeddings,
     )
 
@@ -71,11 +85,14 @@ def num_positions(config: Any) -> int:
 
 def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
     """Returns Llama's name table."""
+    return (*frame(config), *attention(config), *mlp(config))
+
+
+def frame(config: DecoderConfig) -> tuple[Tensor, ...]:
+    """Everything but what the norms stand before: embedding, norms, head."""
     block = "model.layers.{layer}"
     return (
         Tensor("model.embed_tokens.weight", ("embed/tokens",), vocabulary=True),
-        *attention(config),
-        *mlp(config),
         *rows.norm(f"{block}.input_layernorm", "layers/attention_norm", bias=False),
         *rows.norm(f"{block}.post_attention_layernorm", "layers/mlp_norm", bias=False),
         *rows.norm("model.norm", "final_norm", bias=False),
@@ -109,6 +126,6 @@ FAMILY = Family(
     tensors=tensors,
     prefix="model.",
     dropout_fields=DROPOUT_FIELDS,
-    buffers=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    harmless=HARMLESS,
+    buffers=BUFFERS,
+    harmless=("pretraining_tp",),  # splits products, and changes only how they round
 )
