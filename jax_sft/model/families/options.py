@@ -60,16 +60,34 @@ def require(config: Any, **expected: Any) -> None:
             raise ValueError(f"{field}={getattr(config, field)!r} is not built: only {value!r} is")
 
 
+def require_off(config: Any, *fields: str) -> None:
+    """Refuses switches that are on; those that are off may be False, None or missing.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for field in fields:
+        value = getattr(config, field, None)
+        if value is not None and value is not False:
+            raise ValueError(f"{field}={value!r} is not built: only False or None is")
+
+
 def layer_windows(config: Any) -> list[int | None]:
     """Returns each layer's window by `layer_types` and `sliding_window`.
 
     Raises:
-        ValueError: a layer type that is neither full nor sliding attention.
+        ValueError: a layer type that is neither full nor sliding attention, or a sliding one
+            without a window.
     """
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     for kind in config.layer_types:
         if kind not in windows:
             raise ValueError(
                 f"layer_types has {kind!r}, which is not built: choose among {list(windows)}"
+            )
+        if kind == "sliding_attention" and not windows[kind]:
+            raise ValueError(
+                f"layer_types has {kind!r}, but sliding_window is {windows[kind]!r}: give it the"
+                " number of tokens that a token sees, itself among them"
             )
     return [windows[kind] for kind in config.layer_types]
