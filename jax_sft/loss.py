@@ -26,12 +26,14 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     vocab_size: int,
+    bias_V: jax.Array | None = None,
+    softcap: float | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the weighted next-token losses.
 
-    A token's loss is -log softmax(vocabulary · hidden)[target], to which are added:
+    A token's loss is -log softmax(vocabulary · hidden + bias)[target], to which are added:
     `z_loss` · logsumexp² (PaLM, Chowdhery et al. 2022, section 5), which keeps logits small;
     `label_smoothing` e: the target's probability counts 1 - e, and e is spread evenly over the
     vocabulary (Szegedy et al. 2016, section 7).
@@ -42,6 +44,8 @@ def cross_entropy(
         targets_BT: int32, the token that follows.
         weights_BT: float32; 0 where a token is not trained.
         vocab_size: true size of the vocabulary, at most V.
+        bias_V: added to the logits, or None.
+        softcap: logits are cap · tanh(logit / cap); None for no cap.
         z_loss: factor, 0 for none.
         label_smoothing: e, in [0, 1).
 
@@ -61,9 +65,10 @@ def cross_entropy(
 
     num_trained = jnp.max(jnp.sum(weights_BT != 0, axis=1))
     loss_sum = _loss_sum(
-        (chunk_len, vocab_size, z_loss, label_smoothing),
+        (chunk_len, vocab_size, softcap, z_loss, label_smoothing),
         arrange(hidden_BTD),
         vocabulary_VD,
+        jnp.zeros((0,)) if bias_V is None else bias_V,
         arrange(targets_BT),
         arrange(weights_BT),
         -(-num_trained // chunk_len),
@@ -71,48 +76,59 @@ def cross_entropy(
     return loss_sum, jnp.sum(weights_BT)
 
 
+# What the loss is differentiated by, in the order of the arguments; an empty bias is none.
+_HIDDEN, _VOCABULARY, _BIAS = range(3)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(options, hidden_BTD, vocabulary_VD, targets_BT, weights_BT, num_chunks):
+def _loss_sum(options, hidden_BTD, vocabulary_VD, bias_V, targets_BT, weights_BT, num_chunks):
     def add_chunk(i, loss_sum):
-        hidden_BCD, targets_BC, weights_BC = _chunk(options, i, hidden_BTD, targets_BT, weights_BT)
-        return loss_sum + _chunk_loss(options, hidden_BCD, vocabulary_VD, targets_BC, weights_BC)
+        hidden_BCD, *rest = _chunk(options, i, hidden_BTD, targets_BT, weights_BT)
+        return loss_sum + _chunk_loss(options, hidden_BCD, vocabulary_VD, bias_V, *rest)
 
     return jax.lax.fori_loop(0, num_chunks, add_chunk, jnp.float32(0))
 
 
 def _loss_sum_forward(options, *inputs):
     """Makes loss and gradients in one pass; what is not differentiated costs nothing."""
-    hidden_BTD, vocabulary_VD, targets_BT, weights_BT, num_chunks = (x.value for x in inputs)
-    wanted = tuple(i for i in (0, 1) if inputs[i].perturbed)
+    values = [x.value for x in inputs]
+    hidden_BTD, vocabulary_VD, bias_V, targets_BT, weights_BT, num_chunks = values
+    wanted = tuple(i for i in range(3) if inputs[i].perturbed)
 
     def add_chunk(i, carry):
         loss_sum, grads = carry
-        hidden_BCD, targets_BC, weights_BC = _chunk(options, i, hidden_BTD, targets_BT, weights_BT)
+        hidden_BCD, *rest = _chunk(options, i, hidden_BTD, targets_BT, weights_BT)
 
-        def chunk_loss(hidden_BCD, vocabulary_VD):
-            return _chunk_loss(options, hidden_BCD, vocabulary_VD, targets_BC, weights_BC)
+        def chunk_loss(*factors):
+            return _chunk_loss(options, *factors, *rest)
 
-        loss, found = jax.value_and_grad(chunk_loss, argnums=wanted)(hidden_BCD, vocabulary_VD)
+        grad_fn = jax.value_and_grad(chunk_loss, argnums=wanted)
+        loss, found = grad_fn(hidden_BCD, vocabulary_VD, bias_V)
         grads = dict(grads)
         for which, grad in zip(wanted, found, strict=True):
-            if which == 0:
+            if which == _HIDDEN:
                 start = i * options[0]
-                grads[0] = jax.lax.dynamic_update_slice_in_dim(grads[0], grad, start, axis=1)
+                update = jax.lax.dynamic_update_slice_in_dim
+                grads[which] = update(grads[which], grad, start, axis=1)
             else:
-                grads[1] = grads[1] + grad.astype(jnp.float32)
+                grads[which] = grads[which] + grad.astype(jnp.float32)
         return loss_sum + loss, grads
 
-    zeros = {0: jnp.zeros_like(hidden_BTD), 1: jnp.zeros(vocabulary_VD.shape, jnp.float32)}
+    zeros = {
+        _HIDDEN: jnp.zeros_like(hidden_BTD),
+        _VOCABULARY: jnp.zeros(vocabulary_VD.shape, jnp.float32),
+        _BIAS: jnp.zeros(bias_V.shape, jnp.float32),
+    }
     start = (jnp.float32(0), {which: zeros[which] for which in wanted})
     loss_sum, grads = jax.lax.fori_loop(0, num_chunks, add_chunk, start)
-    return loss_sum, (grads, jnp.zeros((), vocabulary_VD.dtype))
+    like = tuple(jnp.zeros((), x.dtype) for x in (hidden_BTD, vocabulary_VD, bias_V))
+    return loss_sum, (grads, like)
 
 
 def _loss_sum_backward(options, residuals, d_loss):
-    grads, like_vocabulary = residuals
-    dtypes = {0: grads[0].dtype if 0 in grads else None, 1: like_vocabulary.dtype}
-    scaled = {which: (d_loss * grad).astype(dtypes[which]) for which, grad in grads.items()}
-    return scaled.get(0), scaled.get(1), None, None, None
+    grads, like = residuals
+    scaled = {which: (d_loss * grad).astype(like[which].dtype) for which, grad in grads.items()}
+    return *(scaled.get(which) for which in range(3)), None, None, None
 
 
 _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward, symbolic_zeros=True)
@@ -123,14 +139,18 @@ def _chunk(options, i, *arrays):
     return tuple(jax.lax.dynamic_slice_in_dim(x, i * chunk_len, chunk_len, axis=1) for x in arrays)
 
 
-def _chunk_loss(options, hidden_BCD, vocabulary_VD, targets_BC, weights_BC):
-    _, vocab_size, z_loss, label_smoothing = options
+def _chunk_loss(options, hidden_BCD, vocabulary_VD, bias_V, targets_BC, weights_BC):
+    _, vocab_size, softcap, z_loss, label_smoothing = options
     logits_BCV = jnp.einsum(
         "BCD,VD->BCV",
         hidden_BCD,
         vocabulary_VD.astype(hidden_BCD.dtype),
         preferred_element_type=jnp.float32,
     )
+    if bias_V.size:
+        logits_BCV = logits_BCV + bias_V.astype(jnp.float32)[None, None]
+    if softcap is not None:
+        logits_BCV = softcap * jnp.tanh(logits_BCV / softcap)
     is_real_11V = jnp.arange(logits_BCV.shape[-1])[None, None] < vocab_size
     if vocab_size < logits_BCV.shape[-1]:
         logits_BCV = jnp.where(is_real_11V, logits_BCV, -jnp.inf)

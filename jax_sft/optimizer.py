@@ -278,5 +278,5 @@ def trained_mask(paths: Iterable[str], num_layers_unfrozen: int) -> dict[str, bo
         raise ValueError(
             f"num_layers_unfrozen is {num_layers_unfrozen}; expected a number of layers, or -1: all"
         )
-    tops = {"layers", "final_norm", "head"} if num_layers_unfrozen else {"final_norm"}
-    return {path: num_layers_unfrozen == -1 or path.split("/")[0] in tops for path in paths}
+    tops = ("layers", "final_", "head") if num_layers_unfrozen else ("final_norm",)
+    return {path: num_layers_unfrozen == -1 or path.startswith(tops) for path in paths}

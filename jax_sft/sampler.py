@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sft.model.decoder import Cache, Decoder, empty_cache, logits
+from jax_sft.model.block import Cache
+from jax_sft.model.decoder import Decoder, empty_cache, logits
 from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import constrain
 
@@ -212,8 +213,9 @@ def _prefill(
     prompts_BP = constrain(prompts_BP, "batch", None)
     positions_BP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
     cache = empty_cache(decoder.config, B, P + sampling.max_new_tokens, decoder.numerics.dtype)
+    is_prompt_BP = positions_BP < prompt_lens_B[:, None]
     hidden_BPD, cache = decoder.apply(
-        {"params": params}, prompts_BP, positions_BP, jnp.ones_like(positions_BP), cache
+        {"params": params}, prompts_BP, positions_BP, is_prompt_BP.astype(jnp.int32), cache
     )
     last_B1D = jnp.take_along_axis(hidden_BPD, (prompt_lens_B - 1)[:, None, None], axis=1)
     logits_BV = logits(decoder.config, params, last_B1D)[:, 0]
@@ -221,7 +223,6 @@ def _prefill(
     seen_BV = jnp.zeros((B, num_seen), bool)
     if num_seen:
         # Padding writes to an entry behind the vocabulary, which is dropped.
-        is_prompt_BP = positions_BP < prompt_lens_B[:, None]
         ids_BP = jnp.where(is_prompt_BP, prompts_BP, num_seen)
         seen_BV = seen_BV.at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
     return Decoding(

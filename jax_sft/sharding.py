@@ -6,7 +6,7 @@ axis names. Out: a `jax.sharding.Mesh` and `NamedSharding`s. No other file names
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,6 +23,7 @@ MESH_AXES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "head_width": None,
+    "experts": None,  # every device has a part of each expert, and no token leaves its device
     "layers": None,  # scanned over
     "norm": None,  # small
     "positions": None,
@@ -61,7 +62,7 @@ def make_mesh(*, data: int, fsdp: int, sequence: int, tensor: int) -> Mesh:
 
 def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """Returns the sharding of an array whose axes have the given meanings; none: replicated."""
-    return NamedSharding(mesh, PartitionSpec(*(_mesh_axes(axis) or None for axis in axes)))
+    return NamedSharding(mesh, _partition_spec(axes))
 
 
 def param_sharding(
@@ -110,6 +111,41 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axis or None for axis in kept)))
 
 
+def map_over_devices(
+    f: Callable[..., jax.Array],
+    *args: jax.Array,
+    in_axes: Sequence[tuple[str | None, ...]],
+    out_axes: tuple[str | None, ...],
+    sum_over: str,
+) -> jax.Array:
+    """Calls f on each device's part of the arguments, for what XLA would not split by itself.
+
+    Args:
+        f: a function of arrays; its result is summed over the devices that split `sum_over`.
+        *args: whole arrays, as under `jax.jit`.
+        in_axes: the meaning of each axis of each argument.
+        out_axes: the same for the result.
+        sum_over: the meaning of an axis that f sums away.
+
+    Returns:
+        The whole result. Without a mesh, or where an axis does not divide, f is called once,
+        on everything.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f(*args)
+    for arg, axes in zip(args, in_axes, strict=True):
+        if any(size % num_shards(mesh, axis) for size, axis in zip(arg.shape, axes, strict=True)):
+            return f(*args)
+    mapped = jax.shard_map(
+        lambda *parts: jax.lax.psum(f(*parts), _mesh_axes(sum_over)),
+        in_specs=tuple(_partition_spec(axes) for axes in in_axes),
+        out_specs=_partition_spec(out_axes),
+        check_vma=False,  # the ragged product has no rule for it
+    )
+    return mapped(*args)
+
+
 def merge_tokens(x_BTD: jax.Array) -> jax.Array:
     """Joins rows and tokens to one axis, [B·T, D], where no mesh axis cuts the rows.
 
@@ -124,6 +160,10 @@ def merge_tokens(x_BTD: jax.Array) -> jax.Array:
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     names = None if axis is None else MESH_AXES[axis]
     return () if names is None else (names,) if isinstance(names, str) else names
+
+
+def _partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    return PartitionSpec(*(_mesh_axes(axis) or None for axis in axes))
 
 
 def describe_mesh(mesh: Mesh) -> str:

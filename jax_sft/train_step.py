@@ -96,12 +96,15 @@ def batch_sums(
         batch.segment_ids_BT,
         rngs={"dropout": key} if decoder.numerics.dropout else None,
     )
+    vocabulary_VD, bias_V = vocabulary(decoder.config, params)
     return cross_entropy(
         hidden_BTD,
-        vocabulary(decoder.config, params),
+        vocabulary_VD,
         targets_BT=batch.targets_BT,
         weights_BT=batch.weights_BT,
         vocab_size=decoder.config.vocab_size,
+        bias_V=bias_V,
+        softcap=decoder.config.logit_softcap,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )

@@ -56,16 +56,20 @@ FLOORS = {
     "model/causal_lm": 3,
     "model/pretrained": 2,
     "model/decoder": 1,
+    "model/block": 0.8,
+    "model/experts": 0.6,
+    "model/layers": 0.4,
+    "model/rotary": 0.2,
+    "model/attention": 0.2,
     "model/name_table": 1,
     "model/families": 1,
-    "model/attention": 0,
-    "model/lora": 0,
+    "model/lora": 0.2,
     "model/weight_files": 0,
     "model/types": 0,
 }
 
 
-def floor_of(place: str) -> int | None:
+def floor_of(place: str) -> float | None:
     """The floor of a file such as data/types; each family has its folder's floor."""
     folder = place.rpartition("/")[0]
     return FLOORS[place] if place in FLOORS else FLOORS.get(folder)
@@ -96,9 +100,15 @@ def _places(parts: list[str]) -> Iterator[str]:
 
 
 def upward_arrows(place: str, source: str) -> list[str]:
-    """What a file imports that is not below it."""
-    below = range(floor_of(place))
-    return [other for other in imported(source) if other and floor_of(other) not in below]
+    """What a file imports that is not below it; families may build on one another."""
+    top, families = floor_of(place), "model/families/"
+    return [
+        other
+        for other in imported(source)
+        if other
+        and floor_of(other) >= top
+        and not (place.startswith(families) and other.startswith(families))
+    ]
 
 
 def package_files() -> list[Path]:

@@ -18,6 +18,8 @@ positions and segments alone, never from token ids.
 import jax
 import jax.numpy as jnp
 
+from jax_sft.model.types import Alibi
+
 BACKENDS = ("auto", "xla")
 QUERY_CHUNK = 128  # queries at a time: on two CPU cores faster than 64, 256 and 512 (T = 512)
 MASKED = -1e30  # finite, so that a row without any key has no NaN
@@ -44,6 +46,9 @@ def attend(
     q_segment_ids_BT: jax.Array,
     k_segment_ids_BS: jax.Array,
     scale: float | jax.Array,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi: Alibi | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -52,7 +57,8 @@ def attend(
     Scores and softmax are in float32. Queries go in chunks, and each chunk's scores are made
     again in the backward pass, so that no [B, H, T, S] array is kept. Where T equals S the
     queries and keys must be the same tokens in the same order, with positions that rise along
-    each segment; then the keys behind a chunk's last query are skipped.
+    each segment; then the keys behind a chunk's last query, and those before the window of its
+    first, are skipped.
 
     Args:
         q_BTHC: queries, any float dtype.
@@ -63,6 +69,9 @@ def attend(
         q_segment_ids_BT: int32; a query sees keys of the same segment only.
         k_segment_ids_BS: int32.
         scale: factor on q·k.
+        window: a query sees this many keys, its own among them; None for all before it.
+        softcap: scores are cap · tanh(score / cap); None for no cap.
+        alibi: what is added to the scores by distance, or None.
         dropout_rate: share of the weights set to 0 while training.
         dropout_key: PRNG key, needed where `dropout_rate` is above 0.
 
@@ -74,17 +83,25 @@ def attend(
     # Heads before tokens, once: otherwise every product would bring them there for itself.
     q_BKGTC = jnp.moveaxis(q_BTHC.reshape(B, T, K, H // K, C), 1, 3)
     k_BKSC, v_BKSC = jnp.swapaxes(k_BSKC, 1, 2), jnp.swapaxes(v_BSKC, 1, 2)
-    attend_chunk = jax.checkpoint(_attend_chunk, static_argnums=(5,), prevent_cse=False)
+    attend_chunk = jax.checkpoint(_attend_chunk, static_argnums=(6, 7), prevent_cse=False)
+    bias_BHS = None if alibi is None else _alibi_bias(alibi, k_positions_BS)
     out = []
     for start in range(0, T, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, T)
-        seen = stop if T == S else S
-        mask_BTS = (q_segment_ids_BT[:, start:stop, None] == k_segment_ids_BS[:, None, :seen]) & (
-            q_positions_BT[:, start:stop, None] >= k_positions_BS[:, None, :seen]
-        )
+        seen = slice(0 if window is None else max(0, start - window + 1), stop)
+        if T != S:
+            seen = slice(0, S)
+        distance_BTS = q_positions_BT[:, start:stop, None] - k_positions_BS[:, None, seen]
+        mask_BTS = q_segment_ids_BT[:, start:stop, None] == k_segment_ids_BS[:, None, seen]
+        mask_BTS &= distance_BTS >= 0
+        if window is not None:
+            mask_BTS &= distance_BTS < window
+        bias_BKG1S = None
+        if bias_BHS is not None:
+            bias_BKG1S = bias_BHS[:, :, seen].reshape(B, K, H // K, 1, -1)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        chunk = (q_BKGTC[..., start:stop, :], k_BKSC[:, :, :seen], v_BKSC[:, :, :seen], mask_BTS)
-        out.append(attend_chunk(*chunk, scale, dropout_rate, key))
+        chunk = (q_BKGTC[..., start:stop, :], k_BKSC[:, :, seen], v_BKSC[:, :, seen])
+        out.append(attend_chunk(*chunk, mask_BTS, bias_BKG1S, scale, softcap, dropout_rate, key))
     return jnp.moveaxis(jnp.concatenate(out, axis=3), 3, 1).reshape(B, T, H, C)
 
 
@@ -93,15 +110,22 @@ def _attend_chunk(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     mask_BTS: jax.Array,
+    bias_BKG1S: jax.Array | None,
     scale: float | jax.Array,
+    softcap: float | None,
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
     scores_BKGTS = jnp.einsum(
         "BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32
     )
-    bias_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
-    scores_BKGTS = scores_BKGTS * scale + bias_B11TS
+    mask_B11TS = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+    if softcap is None:
+        scores_BKGTS = scores_BKGTS * scale + mask_B11TS
+    else:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS * (scale / softcap)) + mask_B11TS
+    if bias_BKG1S is not None:
+        scores_BKGTS = scores_BKGTS + bias_BKG1S
     largest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
     weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
     # Divided by at the end, where there are C numbers a query, and not S.
@@ -111,3 +135,11 @@ def _attend_chunk(
         weights_BKGTS = jnp.where(kept, weights_BKGTS / (1.0 - dropout_rate), 0.0)
     out_BKGTC = jnp.einsum("BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC)
     return (out_BKGTC / total_BKGT1).astype(v_BKSC.dtype)
+
+
+def _alibi_bias(alibi: Alibi, positions_BS: jax.Array) -> jax.Array:
+    """Returns bias_BHS; by the key's position alone, since softmax ignores what all keys share."""
+    dtype = jnp.bfloat16 if alibi.bfloat16 else jnp.float32
+    slopes_H = jnp.array(alibi.slopes, dtype)
+    bias_BHS = slopes_H[None, :, None] * positions_BS[:, None, :].astype(dtype)
+    return alibi.factor * bias_BHS.astype(jnp.float32)

@@ -23,8 +23,9 @@ from jax_sft import sampler, sharding
 from jax_sft.data.tokenization import decode_outputs, load_tokenizer, prompt_ids
 from jax_sft.model import pretrained
 from jax_sft.model.attention import choose_backend
-from jax_sft.model.decoder import Decoder, Numerics, init_params, logical_axes, logits
-from jax_sft.model.families import find_family
+from jax_sft.model.decoder import Decoder, init_params, logical_axes, logits
+from jax_sft.model.families import find_family, read_config
+from jax_sft.model.layers import Numerics
 
 DROPOUT_RATES = ("embed_dropout", "attention_dropout", "residual_dropout")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -98,7 +99,7 @@ class CausalLM:
     ) -> None:
         mesh = placement.mesh or sharding.make_mesh(data=1, fsdp=-1, sequence=1, tensor=1)
         self.family = find_family(config)
-        decoder_config = self.family.decoder_config(config)
+        decoder_config = read_config(config)
         # Hub configs carry the dropout of pre-training; fine-tuning drops only where asked to.
         off = (name not in set(dropout_fields) for name in self.family.dropout_fields)
         rates = dict.fromkeys(itertools.compress(DROPOUT_RATES, off), 0.0)
@@ -225,9 +226,9 @@ class CausalLM:
     def num_params(self) -> int:
         """Parameters, without the vocabulary's padding."""
         sizes = (struct.size for struct in jax.tree.leaves(self.param_structs()))
-        tables = 1 if self.decoder.config.tied_head else 2
-        padding = tables * self.decoder.vocab_padding * self.decoder.config.width
-        return sum(sizes) - padding
+        c = self.decoder.config
+        num_padded = (1 if c.tied_head else 2) * (c.embed_width or c.width) + int(c.head_bias)
+        return sum(sizes) - num_padded * self.decoder.vocab_padding
 
     @property
     def stop_ids(self) -> list[int]:

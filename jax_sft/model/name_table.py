@@ -18,6 +18,7 @@ from jax_sft.model.weight_files import FLOATS, WeightFiles
 
 _MAX_LISTED = 8
 _COMPARED_ROWS = 4096
+_STACK = re.compile(r"(?P<frozen>frozen_)?layers(_(?P<first>\d+))?/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +26,19 @@ class Part:
     """One of our parameters, as columns of one of their tensors.
 
     Attributes:
-        stacks: (path, first layer) of the leaves that hold it; two where layers are split.
-        shape: of one layer's, without the vocabulary's padding.
+        stacks: the leaves that hold it, and the first layer of each; several where layers are
+            split into stacks.
+        shape: of one of theirs, without the vocabulary's padding.
         num_row_axes: how many of its axes are rows of theirs; the others are columns.
-        first_column: where its columns begin.
+        first_column: where its columns begin in each group of theirs.
+        group_len: how many of its columns are in a group.
     """
 
     stacks: tuple[tuple[str, int], ...]
     shape: tuple[int, ...]
     num_row_axes: int
     first_column: int
+    group_len: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +49,35 @@ class Kind:
         tensor: the row.
         parts: ours, in the order of their columns.
         shape: theirs, as it is in the file.
-        num_layers: 0 where it is not stacked.
+        layers: the layers that have it; (None,) where it is not stacked.
+        indices: the numbers along our next axis, such as experts; (None,) where there is none.
     """
 
     tensor: Tensor
     parts: tuple[Part, ...]
     shape: tuple[int, ...]
-    num_layers: int
+    layers: tuple[int | None, ...]
+    indices: tuple[int | None, ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether our leaves have an axis of layers."""
+        return self.layers != (None,)
+
+    def name(self, layer: int | None, index: int | None) -> str:
+        """Returns the name of one of theirs."""
+        return self.tensor.theirs.format(layer=layer, index=index)
 
     @property
     def names(self) -> list[str]:
         """Their names, layer by layer."""
-        return [self.tensor.theirs.format(layer=layer) for layer in range(self.num_layers or 1)]
+        places = itertools.product(self.layers, self.indices)
+        return [self.name(layer, index) for layer, index in places]
+
+    @property
+    def group_len(self) -> int:
+        """Columns of theirs in a group."""
+        return sum(part.group_len for part in self.parts)
 
 
 def find_kinds(family: Family, config: DecoderConfig, leaves: dict[str, Any]) -> list[Kind]:
@@ -67,7 +88,8 @@ def find_kinds(family: Family, config: DecoderConfig, leaves: dict[str, Any]) ->
         config: the decoder's.
         leaves: our parameters, or their structs, by path.
     """
-    kinds = [_find_kind(tensor, config, leaves) for tensor in family.tensors(config)]
+    stacks = _find_stacks(leaves)
+    kinds = [_find_kind(tensor, config, leaves, stacks) for tensor in family.tensors(config)]
     known = {path for kind in kinds for part in kind.parts for path, _ in part.stacks}
     assert known == set(leaves), f"not both in table and parameters: {known ^ set(leaves)}"
     return kinds
@@ -140,12 +162,17 @@ class BlockReader:
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
         """Returns the block at `index`; what pads the vocabulary is zero."""
         block = np.zeros([axis.stop - axis.start for axis in index], self.dtype)
-        if not self.kind.num_layers:
-            self._fill(block, self.kind.tensor.theirs, index)
-            return block
-        layers = range(self.first_layer + index[0].start, self.first_layer + index[0].stop)
-        for target, layer in zip(block, layers, strict=True):
-            self._fill(target, self.kind.tensor.theirs.format(layer=layer), index[1:])
+        layers, indices = (None,), (None,)
+        targets = block[None, None]
+        if self.kind.is_stacked:
+            layers = range(self.first_layer + index[0].start, self.first_layer + index[0].stop)
+            index, targets = index[1:], block[:, None]
+        if self.kind.indices != (None,):
+            indices = range(index[0].start, index[0].stop)
+            index, targets = index[1:], targets[:, 0]
+        for i, layer in enumerate(layers):
+            for j, number in enumerate(indices):
+                self._fill(targets[i, j], self.kind.name(layer, number), index)
         return block
 
     def _fill(self, block: np.ndarray, theirs: str, index: tuple[slice, ...]) -> None:
@@ -157,44 +184,77 @@ class BlockReader:
             index = (slice(index[0].start, stop), *index[1:])
             block = block[: stop - index[0].start]
         column, column_axes, column_index = _merge(index[split:], shape[split:])
-        first = self.part.first_column
-        ranges = (slice(first + column.start, first + column.stop),)
-        row_axes, row_index = (), ()
+        row, row_axes, row_index = (), (), ()
         if split:
-            row, row_axes, row_index = _merge(index[:split], shape[:split])
-            ranges = (row, *ranges)
-        if self.kind.tensor.transpose:
-            values = self.files.read(self.names[theirs], ranges[::-1]).T
-        else:
-            values = self.files.read(self.names[theirs], ranges)
+            merged, row_axes, row_index = _merge(index[:split], shape[:split])
+            row = (merged,)
+        pieces = [self._read(theirs, (*row, piece)) for piece in self._their_columns(column)]
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
         block[...] = values.reshape(row_axes + column_axes)[row_index + column_index]
 
+    def _read(self, theirs: str, ranges: tuple[slice, ...]) -> np.ndarray:
+        if self.kind.tensor.transpose:
+            return self.files.read(self.names[theirs], ranges[::-1]).T
+        return self.files.read(self.names[theirs], ranges)
 
-def _find_kind(tensor: Tensor, config: DecoderConfig, leaves: dict[str, Any]) -> Kind:
-    is_stacked = "{layer}" in tensor.theirs
-    parts, num_columns = [], 0
+    def _their_columns(self, ours: slice) -> list[slice]:
+        """Finds our columns among theirs, group by group."""
+        own, every, first = self.part.group_len, self.kind.group_len, self.part.first_column
+        columns = []
+        for group in range(ours.start // own, -(-ours.stop // own)):
+            start = max(ours.start - group * own, 0)
+            stop = min(ours.stop - group * own, own)
+            base = group * every + first
+            columns.append(slice(base + start, base + stop))
+        return columns
+
+
+def _find_stacks(leaves: dict[str, Any]) -> list[tuple[str, range]]:
+    """Returns the top-level stacks of layers with the layers they hold, from the bottom up."""
+    sizes = {}
+    for path, leaf in leaves.items():
+        match = _STACK.match(path)
+        if match:
+            is_frozen, first = bool(match["frozen"]), int(match["first"] or 0)
+            sizes[not is_frozen, first, match[0][:-1]] = leaf.shape[0]
+    stacks, end = [], 0
+    for (_, _, name), size in sorted(sizes.items()):
+        stacks.append((name, range(end, end + size)))
+        end += size
+    return stacks
+
+
+def _find_kind(
+    tensor: Tensor,
+    config: DecoderConfig,
+    leaves: dict[str, Any],
+    stacks: list[tuple[str, range]],
+) -> Kind:
+    is_stacked, is_indexed = "{layer}" in tensor.theirs, "{index}" in tensor.theirs
+    parts, layers, indices, first_column = [], (None,), (None,), 0
     for path in tensor.ours:
-        stacks, num_layers = [], 0
-        for stack in (f"frozen_{path}", path) if is_stacked else (path,):
-            if stack in leaves:
-                stacks.append((stack, num_layers))
-                num_layers += leaves[stack].shape[0]
-        assert stacks, f"{path} is in the name table only"
-        assert not is_stacked or num_layers == config.num_layers, path
-        shape = leaves[stacks[0][0]].shape[int(is_stacked) :]
+        found = [(path, range(0))]
+        if is_stacked:
+            inner = path.removeprefix("layers/")
+            found = [(f"{name}/{inner}", layers) for name, layers in stacks]
+            found = [(stack, layers) for stack, layers in found if stack in leaves]
+            layers = tuple(layer for _, some in found for layer in some)
+        assert found and found[0][0] in leaves, f"{path} is in the name table only"
+        shape = leaves[found[0][0]].shape[int(is_stacked) :]
+        if is_indexed:
+            indices, shape = tuple(range(shape[0])), shape[1:]
         if tensor.vocabulary:
             shape = (config.vocab_size, *shape[1:])
         split = _num_row_axes(path, len(shape))
-        parts.append(Part(tuple(stacks), shape, split, num_columns))
-        num_columns += math.prod(shape[split:])
+        group_len, rest = divmod(math.prod(shape[split:]), tensor.num_groups)
+        assert not rest, f"{path} {shape} does not split into {tensor.num_groups} groups"
+        firsts = tuple((stack, some.start) for stack, some in found)
+        parts.append(Part(firsts, shape, split, first_column, group_len))
+        first_column += group_len
     rows = (math.prod(shape[:split]),) if split else ()
-    theirs = (*rows, num_columns)
-    return Kind(
-        tensor,
-        tuple(parts),
-        theirs[::-1] if tensor.transpose else theirs,
-        config.num_layers if is_stacked else 0,
-    )
+    theirs = (*rows, first_column * tensor.num_groups)
+    shape = theirs[::-1] if tensor.transpose else theirs
+    return Kind(tensor, tuple(parts), shape, layers, indices)
 
 
 def _num_row_axes(path: str, num_axes: int) -> int:

@@ -164,17 +164,17 @@ def save_params(
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(FLOATS)}")
     leaves = _by_path(params)
     entries = {}
-    for kind, layer in _in_file_order(find_kinds(family, config, leaves)):
-        theirs = kind.tensor.theirs.format(layer=layer)
+    for kind, layer, index in _in_file_order(find_kinds(family, config, leaves)):
+        theirs = kind.name(layer, index)
         own = leaves[kind.parts[0].stacks[0][0]].dtype.name
         spec = TensorSpec(kind.shape, dtype or source_dtypes.get(theirs, own))
-        entries[theirs] = (spec, kind, layer)
+        entries[theirs] = (spec, kind, layer, index)
     # Wider elements first, as the format's own writer has it: every tensor is then aligned.
     order = sorted(entries, key=lambda name: -jnp.dtype(entries[name][0].dtype).itemsize)
     specs = {name: entries[name][0] for name in order}
     tensors = (
-        _gather_tensor(kind, layer, leaves).astype(jnp.dtype(spec.dtype), copy=False)
-        for spec, kind, layer in map(entries.get, order)
+        _gather_tensor(*where, leaves).astype(jnp.dtype(spec.dtype), copy=False)
+        for spec, *where in map(entries.get, order)
     )
     if jax.process_index() == 0:
         write_weights(folder, specs, tensors, max_shard_bytes=max_shard_bytes)
@@ -186,13 +186,11 @@ def save_params(
     _check_written(folder, entries, leaves)
 
 
-def _check_written(
-    folder: Path, entries: dict[str, tuple[TensorSpec, Kind, int]], leaves: dict[str, jax.Array]
-) -> None:
+def _check_written(folder: Path, entries: dict[str, tuple], leaves: dict[str, jax.Array]) -> None:
     """Reads the weights back, one tensor at a time, and compares every bit."""
     files = WeightFiles(folder) if jax.process_index() == 0 else None
-    for name, (spec, kind, layer) in entries.items():
-        expected = _gather_tensor(kind, layer, leaves).astype(jnp.dtype(spec.dtype))
+    for name, (spec, *where) in entries.items():
+        expected = _gather_tensor(*where, leaves).astype(jnp.dtype(spec.dtype))
         if files is None:
             continue
         written = files.read(name, tuple(slice(0, size) for size in spec.shape))
@@ -247,46 +245,55 @@ def _set_rows(array: jax.Array, rows: jax.Array, first: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)
 
 
-def _in_file_order(kinds: list[Kind]) -> Iterator[tuple[Kind, int]]:
+def _in_file_order(kinds: list[Kind]) -> Iterator[tuple[Kind, int | None, int | None]]:
     """Yields what comes before the layers, layer after layer, and what comes behind."""
-    for _, group in itertools.groupby(kinds, key=lambda kind: kind.num_layers):
+    for _, group in itertools.groupby(kinds, key=lambda kind: kind.is_stacked):
         members = list(group)
-        for layer in range(members[0].num_layers or 1):
-            yield from ((kind, layer) for kind in members)
+        for layer in sorted({layer for kind in members for layer in kind.layers}):
+            for kind in members:
+                if layer in kind.layers:
+                    yield from ((kind, layer, index) for index in kind.indices)
 
 
-def _gather_tensor(kind: Kind, layer: int, leaves: dict[str, jax.Array]) -> np.ndarray:
+def _gather_tensor(
+    kind: Kind, layer: int | None, index: int | None, leaves: dict[str, jax.Array]
+) -> np.ndarray:
     """Brings one of their tensors to the host, as it is in the file but for the dtype."""
-    columns = []
+    num_groups, columns = kind.tensor.num_groups, []
     for part in kind.parts:
-        if kind.num_layers:
+        path, at = part.stacks[0][0], ()
+        if layer is not None:
             path, first = next(stack for stack in reversed(part.stacks) if stack[1] <= layer)
-            values = _gather_rows(leaves[path], layer - first, layer - first + 1)
-        else:
-            values = _gather_rows(leaves[part.stacks[0][0]], 0, part.shape[0])
+            at = (layer - first,)
+        if index is not None:
+            at += (index,)
+        values = _gather_rows(leaves[path], at, part.shape[0])
         rows = [math.prod(part.shape[: part.num_row_axes])] if part.num_row_axes else []
-        columns.append(values.reshape([*rows, -1]))
+        columns.append(values.reshape([*rows, num_groups, -1]))
     theirs = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=-1)
+    theirs = theirs.reshape(*theirs.shape[:-2], -1)
     return theirs.T if kind.tensor.transpose else theirs
 
 
-def _gather_rows(array: jax.Array, start: int, stop: int) -> np.ndarray:
-    """Brings rows of a sharded array to the host, some at a time, to spare the devices."""
-    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
-    step = max(1, _GATHER_BYTES // row_bytes)
+def _gather_rows(array: jax.Array, at: tuple[int, ...], stop: int) -> np.ndarray:
+    """Brings array[at][:stop] to the host, some rows at a time, to spare the devices."""
+    shape = array.shape[len(at) + 1 :]
+    step = max(1, _GATHER_BYTES // (math.prod(shape) * array.dtype.itemsize))
     whole = None if array.is_fully_addressable else NamedSharding(array.sharding.mesh, P())
-    gathered = np.empty((stop - start, *array.shape[1:]), array.dtype)
-    for first in range(start, stop, step):
+    gathered = np.empty((stop, *shape), array.dtype)
+    for first in range(0, stop, step):
         num_rows = min(step, stop - first)
-        rows = _get_rows(array, first, num_rows, whole)
+        rows = _get_rows(array, at, first, num_rows, whole)
         block = rows if whole is None else rows.addressable_data(0)
-        gathered[first - start : first - start + num_rows] = np.asarray(block)
+        gathered[first : first + num_rows] = np.asarray(block)
     return gathered
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _get_rows(
-    array: jax.Array, first: int, num_rows: int, whole: NamedSharding | None
+    array: jax.Array, at: tuple[int, ...], first: int, num_rows: int, whole: NamedSharding | None
 ) -> jax.Array:
+    for i in at:
+        array = jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
     rows = jax.lax.dynamic_slice_in_dim(array, first, num_rows, axis=0)
     return rows if whole is None else jax.lax.with_sharding_constraint(rows, whole)

@@ -75,12 +75,14 @@ class Alibi:
     """Attention with linear biases (Press et al. 2022): slope_H · key position, on the scores.
 
     Attributes:
-        slopes: one a head, on scores that have been scaled.
+        slopes: one a head.
         bfloat16: the product is rounded to bfloat16, as Falcon computes it.
+        factor: on the product; the scores it is added to have been scaled already.
     """
 
     slopes: tuple[float, ...]
     bfloat16: bool = False
+    factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
