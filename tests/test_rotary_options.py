@@ -197,6 +197,16 @@ KINDS = {
             truncate=False,
         ),
     ),
+    # Trained so long that the ramp begins after the first pair; and one that ends after the last.
+    "yarn, long": ("yarn", dict(factor=4.0, original_max_position_embeddings=4096)),
+    "yarn, long, not truncated": (
+        "yarn",
+        dict(factor=4.0, original_max_position_embeddings=4096, truncate=False),
+    ),
+    "yarn, longer": (
+        "yarn",
+        dict(factor=4.0, original_max_position_embeddings=4096, beta_slow=1e-6),
+    ),
     "longrope": (
         "longrope",
         dict(
