@@ -7,7 +7,8 @@ Yang et al. (2024), "Qwen2 Technical Report", section 2.2.1; the options are tho
 import dataclasses
 from typing import Any
 
-from jax_sft.model.families import llama, options
+from jax_sft.model.families import llama
+from jax_sft.model.families.options import layer_windows
 from jax_sft.model.types import DecoderConfig, Family, Layer
 
 # The config's class has made `layer_types` and `sliding_window` of them.
@@ -23,23 +24,9 @@ def decoder_config(config: Any) -> DecoderConfig:
     rotary = llama.rotary(config)
     return dataclasses.replace(
         llama.without_biases(config),
-        layers=tuple(Layer(window=window, rotary=rotary) for window in windows(config)),
+        layers=tuple(Layer(window=window, rotary=rotary) for window in layer_windows(config)),
         qkv_bias=True,
     )
-
-
-def windows(config: Any) -> list[int | None]:
-    """Returns each layer's window.
-
-    Raises:
-        ValueError: a layer type that is not built, or windows that are both on and off.
-    """
-    if "sliding_attention" in config.layer_types and not config.use_sliding_window:
-        raise ValueError(
-            "layer_types has 'sliding_attention' with use_sliding_window=False, which is not built:"
-            " set use_sliding_window=True and sliding_window, or make all layers full_attention"
-        )
-    return options.layer_windows(config)
 
 
 FAMILY = Family(

@@ -7,7 +7,8 @@ those of `transformers.SmolLM3Config`.
 import dataclasses
 from typing import Any
 
-from jax_sft.model.families import llama, qwen2
+from jax_sft.model.families import llama
+from jax_sft.model.families.options import layer_windows, require
 from jax_sft.model.types import DecoderConfig, Family, Layer
 
 
@@ -17,6 +18,8 @@ def decoder_config(config: Any) -> DecoderConfig:
     Raises:
         ValueError: an option that is not built.
     """
+    if "sliding_attention" in config.layer_types:
+        require(config, use_sliding_window=True)
     rotary = llama.rotary(config)
     # Despite its name, `no_rope_layers` is 1 where a layer has rotary positions; it may be longer
     # than the model.
@@ -25,7 +28,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         llama.decoder_config(config),
         layers=tuple(
             Layer(window=window, rotary=rotary if is_turned else None)
-            for window, is_turned in zip(qwen2.windows(config), turned, strict=True)
+            for window, is_turned in zip(layer_windows(config), turned, strict=True)
         ),
     )
 
