@@ -54,6 +54,7 @@ FLOORS = {
     "data/sources": 0,
     "data/types": 0,
     "model/causal_lm": 3,
+    "model/adapter_files": 2.5,
     "model/pretrained": 2,
     "model/decoder": 1,
     "model/block": 0.8,
@@ -64,6 +65,7 @@ FLOORS = {
     "model/name_table": 1,
     "model/families": 1,
     "model/lora": 0.2,
+    "model/flax_files": 1,
     "model/weight_files": 0,
     "model/types": 0,
 }

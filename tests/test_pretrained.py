@@ -19,17 +19,18 @@ from safetensors.numpy import load_file, save_file
 
 from jax_sft import sharding
 from jax_sft.model import pretrained
-from jax_sft.model.decoder import Decoder, Numerics, logical_axes
+from jax_sft.model.decoder import Decoder, logical_axes
 from jax_sft.model.families.gpt2 import FAMILY
+from jax_sft.model.layers import Numerics
 from jax_sft.model.name_table import BlockReader
-from jax_sft.model.types import DecoderConfig
+from jax_sft.model.types import DecoderConfig, Layer, Norm
 from jax_sft.model.weight_files import WeightFiles
 
 READ = WeightFiles.read
 READ_BLOCK = BlockReader.__call__
 V, S, L, D, H, C, F = 9, 8, 3, 8, 4, 2, 32
 CONFIG = DecoderConfig(
-    num_layers=L,
+    layers=(Layer(),) * L,
     width=D,
     num_heads=H,
     num_kv_heads=H,
@@ -38,12 +39,15 @@ CONFIG = DecoderConfig(
     vocab_size=V,
     num_positions=S,
     activation="gelu_new",
-    norm_eps=1e-5,
+    norm=Norm("layer", 1e-5, bias=True),
     attention_scale=C**-0.5,
-    scale_by_layer=False,
     tied_head=True,
     init_std=0.02,
     residual_init_std=0.02,
+    positions="learned",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
 )
 UNTIED = dataclasses.replace(CONFIG, tied_head=False)
 LAYER_SHAPES = {
@@ -457,7 +461,7 @@ def test_a_failed_export_leaves_the_old_weights(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(pretrained, "_gather_tensor", fail)
+    monkeypatch.setattr(pretrained, "gather_tensor", fail)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(OSError, match="No space"):
             save(loaded, folder)

@@ -2,12 +2,14 @@
 
 In comes a folder (or hub name); out come parameters on their mesh, each process having read
 only the bytes of its own devices; and the other way. The table in `families/` says which of
-their tensors is which of ours; here it is turned into slices. safetensors only: a pickle is
-never opened. Nothing is kept on the host but the piece under way.
+their tensors is which of ours; here it is turned into slices. safetensors, and old Flax
+checkpoints: a pickle is never opened. Nothing is kept on the host but the piece under way.
 """
 
+import collections
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_sft.model.flax_files import open_weights
 from jax_sft.model.name_table import BlockReader, Kind, find_kinds, find_names
 from jax_sft.model.types import DecoderConfig, Family
 from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, write_weights
@@ -27,6 +30,9 @@ from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, write_we
 STAGING_BYTES = 2 << 30
 MAX_SHARD_BYTES = 5 * 10**9
 _GATHER_BYTES = 64 << 20
+# Weights under the names that transformers gives them, and not what else a hub repository has.
+_HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_FLAX_FILES = ["flax_model*.msgpack"]
 
 
 def resolve_folder(path: str | Path) -> Path:
@@ -47,11 +53,10 @@ def resolve_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # takes time; folders do without
 
     try:
-        return Path(
-            snapshot_download(
-                str(path), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            )
-        )
+        folder = Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(str(path), allow_patterns=_HUB_FLAX_FILES)
+        return folder
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model_path {str(path)!r} is no folder here, and the hub cannot be reached or has no"
@@ -66,7 +71,7 @@ def read_config(path: str | Path) -> Any:
     Raises:
         ValueError: there is no config, or transformers does not know its model type.
     """
-    from transformers import AutoConfig  # takes seconds
+    from transformers import CONFIG_MAPPING, AutoConfig  # takes seconds
 
     folder = resolve_folder(path)
     if not (folder / "config.json").is_file():
@@ -75,6 +80,12 @@ def read_config(path: str | Path) -> Any:
             " transformers' save_pretrained wrote"
         )
     try:
+        fields = json.loads((folder / "config.json").read_bytes())
+        if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+            raise ValueError(
+                f"model_type {fields.get('model_type')!r} is unknown to transformers: it is code in"
+                " the folder (auto_map), which is never run"
+            )
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -95,7 +106,7 @@ def load_params(
     """Reads a checkpoint straight to sharded parameters.
 
     Args:
-        folder: has `model.safetensors`, or shards and their index.
+        folder: has `model.safetensors`, or shards and their index, or a Flax checkpoint.
         family: its name table.
         config: says what the table holds, and the vocabulary's true size.
         like: tree of `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes, a
@@ -110,8 +121,8 @@ def load_params(
         ValueError: no weights, a damaged file, or tensors that are missing, extra or of
             another shape, all of them listed.
     """
-    files = WeightFiles(folder)
-    leaves = _by_path(like)
+    files = open_weights(folder)
+    leaves = by_path(like)
     kinds = find_kinds(family, config, leaves)
     names = find_names(files, kinds, family, config)
     params = {}
@@ -125,7 +136,8 @@ def load_params(
     return jax.tree.unflatten(jax.tree.structure(like), ordered), dtypes
 
 
-def _by_path(tree: dict) -> dict[str, Any]:
+def by_path(tree: dict) -> dict[str, Any]:
+    """Returns the leaves of a tree by their slash-joined paths."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -141,7 +153,7 @@ def save_params(
     source_dtypes: dict[str, str],
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> str:
     """Writes parameters as a checkpoint that `transformers` loads.
 
     Every process takes part; process 0 writes, holding one tensor at a time.
@@ -156,15 +168,19 @@ def save_params(
         dtype: "float32", "bfloat16" or "float16" for all tensors instead.
         max_shard_bytes: bytes of tensors in one file.
 
+    Returns:
+        The dtype of most numbers that were written: what config.json has to say, since
+        `transformers` loads a checkpoint in the dtype that stands there.
+
     Raises:
         ValueError: an unknown dtype, or the folder cannot be written.
         OSError: what was written does not read back bit for bit.
     """
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(FLOATS)}")
-    leaves = _by_path(params)
+    leaves = by_path(params)
     entries = {}
-    for kind, layer, index in _in_file_order(find_kinds(family, config, leaves)):
+    for kind, layer, index in in_file_order(find_kinds(family, config, leaves)):
         theirs = kind.name(layer, index)
         own = leaves[kind.parts[0].stacks[0][0]].dtype.name
         spec = TensorSpec(kind.shape, dtype or source_dtypes.get(theirs, own))
@@ -173,7 +189,7 @@ def save_params(
     order = sorted(entries, key=lambda name: -jnp.dtype(entries[name][0].dtype).itemsize)
     specs = {name: entries[name][0] for name in order}
     tensors = (
-        _gather_tensor(*where, leaves).astype(jnp.dtype(spec.dtype), copy=False)
+        gather_tensor(*where, leaves).astype(jnp.dtype(spec.dtype), copy=False)
         for spec, *where in map(entries.get, order)
     )
     if jax.process_index() == 0:
@@ -184,21 +200,35 @@ def save_params(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("weights written")
     _check_written(folder, entries, leaves)
+    sizes = collections.Counter()
+    for spec in specs.values():
+        sizes[spec.dtype] += math.prod(spec.shape)
+    return sizes.most_common(1)[0][0]
 
 
 def _check_written(folder: Path, entries: dict[str, tuple], leaves: dict[str, jax.Array]) -> None:
     """Reads the weights back, one tensor at a time, and compares every bit."""
     files = WeightFiles(folder) if jax.process_index() == 0 else None
     for name, (spec, *where) in entries.items():
-        expected = _gather_tensor(*where, leaves).astype(jnp.dtype(spec.dtype))
+        expected = gather_tensor(*where, leaves).astype(jnp.dtype(spec.dtype), copy=False)
         if files is None:
             continue
-        written = files.read(name, tuple(slice(0, size) for size in spec.shape))
-        if written.dtype != expected.dtype or written.tobytes() != expected.tobytes():
+        if files.specs.get(name) != spec or not _reads_back(files, name, expected):
             raise OSError(
                 f"{folder}: {name} reads back other than it was written; the disk may be full or "
                 "failing, so save to another folder"
             )
+
+
+def _reads_back(files: WeightFiles, name: str, expected: np.ndarray) -> bool:
+    """Compares a tensor with its file, some rows at a time."""
+    columns = tuple(slice(0, size) for size in expected.shape[1:])
+    step = max(1, _GATHER_BYTES // (math.prod(expected.shape[1:]) * expected.itemsize))
+    for first in range(0, len(expected), step):
+        rows = slice(first, min(first + step, len(expected)))
+        if files.read(name, (rows, *columns)).tobytes() != expected[rows].tobytes():
+            return False
+    return True
 
 
 def _place(reader: BlockReader, struct: jax.ShapeDtypeStruct, staging_bytes: int) -> jax.Array:
@@ -221,31 +251,45 @@ def _place(reader: BlockReader, struct: jax.ShapeDtypeStruct, staging_bytes: int
 def _place_shard(
     reader: BlockReader, index: tuple[slice, ...], devices: list[jax.Device], staging_bytes: int
 ) -> dict[jax.Device, jax.Array]:
-    """Fills one shard, in pieces along its first axis where it is above the budget."""
+    """Fills one shard, in pieces where it is above the budget."""
     shape = [axis.stop - axis.start for axis in index]
-    row_bytes = math.prod(shape[1:]) * jnp.dtype(reader.dtype).itemsize
-    # The piece, what it was cast from, and on CPU its copy on the device.
-    rows = max(1, staging_bytes // (3 * row_bytes))
-    if rows >= shape[0]:
+    # A number as it is in the file (at most float64), cast, and on CPU its copy on the device.
+    number_bytes = 8 + 2 * jnp.dtype(reader.dtype).itemsize
+    tile = _tile(shape, staging_bytes // number_bytes)
+    if tile == shape:
         block = reader(index)
         # Waited for, so that one block at a time is on the host.
         return {device: jax.block_until_ready(jax.device_put(block, device)) for device in devices}
     shards = {device: jnp.zeros(shape, reader.dtype, device=device) for device in devices}
-    for first in range(0, shape[0], rows):
-        start = index[0].start + first
-        block = reader((slice(start, min(start + rows, index[0].stop)), *index[1:]))
+    corners = (range(0, size, step) for size, step in zip(shape, tile, strict=True))
+    for corner in itertools.product(*corners):
+        starts = [axis.start + first for axis, first in zip(index, corner, strict=True)]
+        bounds = zip(starts, tile, index, strict=True)
+        block = reader(tuple(slice(i, min(i + step, axis.stop)) for i, step, axis in bounds))
         for device in devices:
             piece = jax.device_put(block, device)
-            shards[device] = jax.block_until_ready(_set_rows(shards[device], piece, first))
+            shards[device] = jax.block_until_ready(_set_block(shards[device], piece, corner))
     return shards
 
 
+def _tile(shape: list[int], num_numbers: int) -> list[int]:
+    """Returns the shape of the pieces: cut along the first axes, no larger than asked for.
+
+    [12, 768, 3072] in pieces of at most 5,000,000 numbers  ->  [2, 768, 3072]
+    [12, 768, 3072] in pieces of at most 1,000,000 numbers  ->  [1, 325, 3072]
+    """
+    tile = list(shape)
+    for axis in range(len(shape)):
+        tile[axis] = max(1, min(shape[axis], num_numbers // math.prod(shape[axis + 1 :])))
+    return tile
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_rows(array: jax.Array, rows: jax.Array, first: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, rows, first, axis=0)
+def _set_block(array: jax.Array, block: jax.Array, corner: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, block, corner)
 
 
-def _in_file_order(kinds: list[Kind]) -> Iterator[tuple[Kind, int | None, int | None]]:
+def in_file_order(kinds: list[Kind]) -> Iterator[tuple[Kind, int | None, int | None]]:
     """Yields what comes before the layers, layer after layer, and what comes behind."""
     for _, group in itertools.groupby(kinds, key=lambda kind: kind.is_stacked):
         members = list(group)
@@ -255,7 +299,7 @@ def _in_file_order(kinds: list[Kind]) -> Iterator[tuple[Kind, int | None, int | 
                     yield from ((kind, layer, index) for index in kind.indices)
 
 
-def _gather_tensor(
+def gather_tensor(
     kind: Kind, layer: int | None, index: int | None, leaves: dict[str, jax.Array]
 ) -> np.ndarray:
     """Brings one of their tensors to the host, as it is in the file but for the dtype."""

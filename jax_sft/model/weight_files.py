@@ -2,9 +2,11 @@
 
 In comes a folder with `model.safetensors`, or shards and their index; out comes any slice of
 any tensor, read from the disk without the rest. The other way, tensors come one by one and
-are appended to their file, so that no more than one is held. Knows no model and no device.
+are appended to their file, so that no more than one is held. Files are read, not mapped: what
+has been touched of a mapped file counts as the process's memory. Knows no model and no device.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +23,9 @@ from safetensors import SafetensorError, safe_open
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _UNFINISHED = ".unfinished"
+# Of part of its columns, a row that is shorter is read whole, with its neighbours.
+_ROW_BYTES = 16 << 10
+_BUFFER_BYTES = 8 << 20
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # The dtypes of floating-point weights, by the names in the file's header.
 _DTYPES = {
@@ -45,6 +50,73 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * _DTYPES[_CODES[self.dtype]].itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, its numbers in C order, in one piece or in several.
+
+    Attributes:
+        spec: its shape and dtype.
+        path: of the file.
+        pieces: first byte and number of bytes of each, in order.
+    """
+
+    spec: TensorSpec
+    path: Path
+    pieces: tuple[tuple[int, int], ...]
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part; `index` has a slice for every axis, with start and stop."""
+        shape = [axis.stop - axis.start for axis in index]
+        block = np.empty(shape, _DTYPES[_CODES[self.spec.dtype]])
+        with self.path.open("rb", buffering=0) as file:
+            self._read_into(block, file, 0, self.spec.shape, index)
+        return block
+
+    def _read_into(
+        self,
+        block: np.ndarray,
+        file: BinaryIO,
+        first: int,
+        shape: tuple[int, ...],
+        index: tuple[slice, ...],
+    ) -> None:
+        """Fills a block with a part of the [shape] that begins at byte `first` of the tensor."""
+        rows, columns = index[0], index[1:]
+        row_bytes = math.prod(shape[1:]) * block.itemsize
+        first += rows.start * row_bytes
+        if columns == tuple(slice(0, size) for size in shape[1:]):
+            self._fill(block, file, first)
+        elif row_bytes > _ROW_BYTES:
+            for row, target in enumerate(block):
+                self._read_into(target, file, first + row * row_bytes, shape[1:], columns)
+        else:
+            step = _BUFFER_BYTES // row_bytes
+            for row in range(0, len(block), step):
+                part = block[row : row + step]
+                whole_rows = np.empty((len(part), *shape[1:]), block.dtype)
+                self._fill(whole_rows, file, first + row * row_bytes)
+                part[...] = whole_rows[(slice(None), *columns)]
+
+    def _fill(self, block: np.ndarray, file: BinaryIO, first: int) -> None:
+        """Fills a contiguous block with the tensor's bytes from `first` on."""
+        target = memoryview(block.reshape(-1).view(np.uint8))
+        for start, num_bytes in self.pieces:
+            if first < num_bytes:
+                size = min(num_bytes - first, len(target))
+                _read_bytes(target[:size], file, start + first)
+                target = target[size:]
+            first = max(0, first - num_bytes)
+
+
+def _read_bytes(target: memoryview, file: BinaryIO, start: int) -> None:
+    file.seek(start)
+    while target:
+        num_bytes = file.readinto(target)  # of more than 2 GiB, the system gives less
+        if not num_bytes:
+            raise ValueError(f"{file.name} was cut while it was read; copy or download it again")
+        target = target[num_bytes:]
+
+
 class WeightFiles:
     """The tensors in a folder's safetensors files, open for reading slices.
 
@@ -52,6 +124,7 @@ class WeightFiles:
         folder: where they are.
         specs: shape and dtype of each tensor by its name; a dtype that is no floating-point
             type keeps the name it has in the file.
+        format: what the files say that wrote them, such as "pt" or "flax"; None if nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,24 +135,22 @@ class WeightFiles:
         """
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
-        self._files = {}
-        for path in _weight_paths(folder):
-            try:
-                file = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} is no whole safetensors file ({error}); copy or download it again"
-                ) from None
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                tensor = file.get_slice(name)
-                code = tensor.get_dtype()
+        self.format: str | None = None
+        self._tensors: dict[str, StoredTensor] = {}
+        for path in find_files(folder, SINGLE_FILE, INDEX_FILE):
+            header, start = _read_header(path)
+            self.format = header.pop("__metadata__", {}).get("format", self.format)
+            for name, entry in header.items():
+                first, stop = entry["data_offsets"]
+                code = entry["dtype"]
                 dtype = _DTYPES[code].name if code in _DTYPES else code
-                self.specs[name] = TensorSpec(tuple(tensor.get_shape()), dtype)
-                self._files[name] = file
+                self.specs[name] = TensorSpec(tuple(entry["shape"]), dtype)
+                pieces = ((start + first, stop - first),)
+                self._tensors[name] = StoredTensor(self.specs[name], path, pieces)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor, in its own dtype; `index` has a slice for every axis."""
-        return self._files[name].get_slice(name)[index]
+        return self._tensors[name].read(index)
 
 
 def write_weights(
@@ -126,34 +197,90 @@ def write_weights(
             folder.rmdir()
 
 
-def _weight_paths(folder: Path) -> list[Path]:
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        try:
-            names = set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(
-                f"{folder / INDEX_FILE} is no index of weights; copy or download it again"
-            ) from None
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            raise ValueError(
-                f"{folder / INDEX_FILE} names {', '.join(missing)}, which the folder lacks; copy"
-                " or download the missing files"
-            )
-        return [folder / name for name in sorted(names)]
-    if any(folder.glob("pytorch_model*.bin")):
+def find_files(folder: Path, single: str, index: str) -> list[Path]:
+    """Returns a folder's files of weights.
+
+    Args:
+        folder: the folder.
+        single: name of the file where there is one.
+        index: name of the JSON file that names the files where there are several.
+
+    Raises:
+        ValueError: neither is there, the index is damaged, or a file that it names is missing.
+    """
+    if (folder / single).is_file():
+        return [folder / single]
+    if not (folder / index).is_file():
+        raise ValueError(f"model folder {folder} {_what_it_has(folder)}")
+    try:
+        names = set(json.loads((folder / index).read_bytes())["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(
-            f"model folder {folder} has its weights only as pytorch_model.bin, which is not read"
-            ' (pickle runs code); convert it where torch is installed: python -c "from'
-            " transformers import AutoModelForCausalLM as M;"
-            f" M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            f"{folder / index} is no index of weights; copy or download it again"
+        ) from None
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ValueError(
+            f"{folder / index} names {', '.join(missing)}, which the folder lacks; copy or download"
+            " the missing files"
         )
-    raise ValueError(
-        f"model folder {folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; pass a"
-        ' folder that has, or train from random weights with model.init="random"'
+    return [folder / name for name in sorted(names)]
+
+
+def _what_it_has(folder: Path) -> str:
+    """Says what is in the place of weights that are read, and the remedy."""
+
+    def found(*patterns: str) -> str:
+        return next(
+            (path.name for pattern in patterns for path in sorted(folder.glob(pattern))), ""
+        )
+
+    def convert(options: str = "") -> str:
+        return (
+            'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
+            f'{str(folder)!r}{options}).save_pretrained({str(folder)!r})"'
+        )
+
+    if name := found("pytorch_model*.bin"):
+        return (
+            f"has its weights only as {name}, which is not read (a pickle runs code); convert it"
+            f" where torch is installed: {convert()}"
+        )
+    if name := found("*.gguf"):
+        return (
+            f"has its weights only as {name}, which is not read; convert it where torch and gguf"
+            f" are installed: {convert(f', gguf_file={name!r}')}"
+        )
+    if name := found("tf_model*.h5"):
+        return (
+            f"has its weights only as {name}, which is not read; convert it where transformers 4,"
+            f" torch and tensorflow are installed: {convert(', from_tf=True')}"
+        )
+    if name := found("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5"):
+        return (
+            f"has no {SINGLE_FILE}, only {name}, whose layout is its writer's own; convert it to a"
+            " folder that transformers' save_pretrained wrote, with the writer's own script"
+        )
+    if name := found("adapter_config.json"):
+        return f"holds an adapter ({name}) and no model; pass the folder of its base model"
+    return (
+        f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}; pass a folder that has, or train"
+        ' from random weights with model.init="random"'
     )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns what stands in front of the tensors (see `_write_file`), and where they begin."""
+    try:
+        with safe_open(path, framework="numpy"):  # holds the header against the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is no whole safetensors file ({error}); copy or download it again"
+        ) from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
 
 
 def _plan_shards(specs: dict[str, TensorSpec], max_shard_bytes: int) -> dict[str, list[str]]:
@@ -194,8 +321,10 @@ def _write_file(path: Path, specs: dict[str, TensorSpec], tensors: Iterator[np.n
         for name, spec in specs.items():
             tensor = next(tensors)
             assert (tensor.shape, tensor.dtype.name) == (spec.shape, spec.dtype), name
-            # Its bytes, without a copy: bfloat16 has no buffer of its own.
-            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+            step = max(1, _BUFFER_BYTES * len(tensor) // max(1, tensor.nbytes))
+            for first in range(0, len(tensor), step):  # as bytes: bfloat16 has no buffer
+                rows = np.ascontiguousarray(tensor[first : first + step])
+                file.write(rows.reshape(-1).view(np.uint8).data)
 
 
 def _index(specs: dict[str, TensorSpec], shards: dict[str, list[str]]) -> str:
