@@ -293,10 +293,14 @@ def _check_schedule(config: SFTConfig) -> None:
 def _check_model(config: SFTConfig) -> None:
     model = config.model
     if model.peft_config is not None:
-        raise ValueError(
-            f"model.peft_config is {shortened(model.peft_config.to_dict())}, but LoRA is not built "
-            "yet; set it to None"
-        )
+        from jax_sft.model.lora import check_peft_config  # imports JAX
+
+        check_peft_config(model.peft_config.to_dict())
+        if model.num_layers_unfrozen != -1:
+            raise ValueError(
+                f"model.num_layers_unfrozen is {model.num_layers_unfrozen}, but with "
+                "model.peft_config all layers are frozen and the adapters train; set one of them"
+            )
     if model.init == "random" and "model_type" not in model.config:
         raise ValueError(
             "model.init is 'random' but model.config names no model_type; "

@@ -145,6 +145,7 @@ KEYS: dict[str, dict[str, Key]] = {
             "dict",
             "how evaluation samples; a list is swept",
         ),
+        "router_aux_loss": Key(0.0, "float", "weight of the experts' imbalance in the loss", 0),
         "z_loss": Key(0.0, "float", "weight of the squared log normaliser in the loss", 0),
         "label_smoothing": Key(0.0, "float", "share of a target spread evenly, in [0, 1]", 0, 1),
     },

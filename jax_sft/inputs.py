@@ -5,6 +5,7 @@ checked. Leaves take plain values; here, and in `train.py`, the config is unpack
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from jax_sft.data.tokenization import (
 )
 from jax_sft.data.types import Counts, Examples, Sample
 from jax_sft.evaluate import MetricFn
+from jax_sft.model.adapter_files import base_model, is_adapter_folder
 
 
 class Prompts(NamedTuple):
@@ -143,7 +145,7 @@ def find_tokenizer(
     path, model_path = config.tokenizer.tokenizer_path, config.model.model_path
     try:
         return load_tokenizer(
-            model_path if path is None else path,
+            _tokenizer_home(model_path) if path is None else path,
             truncation_side=config.tokenizer.truncation_side,
             chat_template=config.tokenizer.chat_template,
         )
@@ -154,6 +156,14 @@ def find_tokenizer(
             f"model.model_path is {model_path!r} and tokenizer.tokenizer_path is not set, and "
             f"{error}, as --config.model.model_path=DIR"
         ) from None
+
+
+def _tokenizer_home(model_path: str) -> str | Path:
+    """An adapter's folder may have no tokenizer: then its base model's is meant."""
+    folder = Path(model_path)
+    if is_adapter_folder(folder) and not (folder / "tokenizer_config.json").is_file():
+        return base_model(folder)
+    return model_path
 
 
 def _load(config: SFTConfig, samples: Any, source: str | None) -> Sequence[Sample]:

@@ -20,6 +20,8 @@ from jax_sft.data.types import Batch, Examples
 from jax_sft.evaluate import sweep
 from jax_sft.inputs import Inputs
 from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.lora import is_adapter
+from jax_sft.model.pretrained import by_path
 from jax_sft.optimizer import make_optimizer, make_schedule, trained_mask
 from jax_sft.sampler import Sampling, check_prompts
 from jax_sft.sharding import make_mesh, named_sharding, num_shards
@@ -67,6 +69,7 @@ def open_model(config: SFTConfig, tokenizer: PreTrainedTokenizerBase | None) -> 
             attention=model.attention,
             num_layers_unfrozen=model.num_layers_unfrozen,
         ),
+        peft_config=None if model.peft_config is None else model.peft_config.to_dict(),
     )
 
 
@@ -189,8 +192,17 @@ def trained_params(config: SFTConfig, model: CausalLM) -> dict:
 
     structs = model.param_structs()
     names = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(structs)]
-    trained = trained_mask(names, config.model.num_layers_unfrozen)
+    if model.adapters is not None:
+        trained = {name: is_adapter(name) for name in names}
+    else:
+        trained = trained_mask(names, config.model.num_layers_unfrozen)
     return jax.tree_util.tree_map_with_path(lambda path, _: trained[name(path)], structs)
+
+
+def num_trained(config: SFTConfig, model: CausalLM) -> int:
+    """Counts the parameters that are trained."""
+    trained = by_path(trained_params(config, model))
+    return model.count_params(trained.__getitem__)
 
 
 def make_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update:
@@ -215,6 +227,7 @@ def make_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update
             model.training_decoder,
             z_loss=method.z_loss,
             label_smoothing=method.label_smoothing,
+            router_aux_loss=method.router_aux_loss,
         ),
         optimizer=optimizer,
         schedule=schedule,
@@ -272,6 +285,7 @@ def _decay_mask(params: dict) -> dict:
     """Weight decay is for matrices: norms and biases are left alone."""
 
     def decays(path: tuple, _: Any) -> bool:
-        return jax.tree_util.keystr(path[-1:], simple=True) not in ("bias", "scale")
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return name not in ("bias", "scale", "lora_magnitude")
 
     return jax.tree_util.tree_map_with_path(decays, params)

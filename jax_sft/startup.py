@@ -4,6 +4,7 @@ In: the config, the model, the batch arithmetic and the data report. Out: lines 
 output, from the first process alone.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from jax_sft.config import SFTConfig
 from jax_sft.data.report import print_report
 from jax_sft.model.causal_lm import CausalLM
 from jax_sft.sharding import describe_mesh
+
+# The router is met by every token, an expert by few.
+_EXPERT_KERNEL = re.compile(r"/experts/(gate|up|down)/")
 
 
 def say(what: str, text: str) -> None:
@@ -32,6 +36,7 @@ def print_start(
     config: SFTConfig,
     model: CausalLM,
     *,
+    num_trained: int,
     num_steps: int,
     steps_per_epoch: int,
     data_report: dict[str, Any],
@@ -41,6 +46,7 @@ def print_start(
     Args:
         config: the run's config.
         model: opened; its weights are not needed.
+        num_trained: parameters that are trained.
         num_steps: steps of the whole run.
         steps_per_epoch: steps of its first epoch.
         data_report: what `data.report.data_report` returned.
@@ -54,6 +60,8 @@ def print_start(
         "norms, softmax, loss and sums in float32",
     )
     say("model", f"{model.config.model_type}, {model.num_params:,} parameters")
+    if num_trained != model.num_params:
+        say("trained", f"{num_trained:,} parameters ({_trained_part(config, model)})")
     say(
         "batch",
         f"{train.batch_size} rows x {train.seq_length} tokens = "
@@ -70,11 +78,24 @@ def print_start(
             print_report(data_report["eval"], title="eval data")
 
 
-def flops_a_step(config: SFTConfig, model: CausalLM) -> float:
+def _trained_part(config: SFTConfig, model: CausalLM) -> str:
+    if model.adapters is None:
+        return f"model.num_layers_unfrozen={config.model.num_layers_unfrozen}"
+    layers = ", ".join(sorted(model.adapters.targets))
+    return f"adapters of rank {model.adapters.rank} on {layers}"
+
+
+def flops_a_step(config: SFTConfig, model: CausalLM, *, num_trained: int) -> float:
     """Counts the FLOPs of a step, over all devices together."""
     decoder, train = model.decoder.config, config.train
+    idle = 0.0
+    if decoder.experts is not None:
+        num_in_experts = model.count_params(lambda path: _EXPERT_KERNEL.search(path) is not None)
+        idle = num_in_experts * (1 - decoder.experts.num_chosen / decoder.experts.num_experts)
+    num_params = round(model.num_params - idle)
     return flops.train_flops(
-        num_params=model.num_params,
+        num_params=num_params,
+        num_trained=min(num_trained, num_params),
         num_layers=decoder.num_layers,
         attention_width=decoder.num_heads * decoder.head_width,
         row_len=train.seq_length,

@@ -36,6 +36,7 @@ from jax_sft.recipe import (
     make_batches,
     make_eval_batches,
     make_update,
+    num_trained,
     open_model,
     split_best_metric,
 )
@@ -260,6 +261,7 @@ class SFTTrainer:
         print_start(
             config,
             model,
+            num_trained=num_trained(config, model),
             num_steps=self.num_steps,
             steps_per_epoch=self._batches.steps_in_epoch(0),
             data_report=self.data_report,
@@ -278,7 +280,7 @@ class SFTTrainer:
             num_steps=self.num_steps,
             log_interval=config.train.log_interval,
             describe=self._batches.describe,
-            flops_a_step=flops_a_step(config, model),
+            flops_a_step=flops_a_step(config, model, num_trained=num_trained(config, model)),
             peak_flops=peak_flops(model),
             num_tokens=data["tokens"],
             num_trained=data["trained_tokens"],
@@ -289,7 +291,7 @@ class SFTTrainer:
         if self.config.model.init == "random":
             self.model.init(self.config.train.seed)
         else:
-            self.model.load()
+            self.model.load(seed=self.config.train.seed)
         with jax.set_mesh(self.model.mesh):
             return update.init(self.model.params)
 

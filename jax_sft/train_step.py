@@ -75,6 +75,7 @@ def batch_sums(
     *,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    router_aux_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums a batch's weighted losses, and its weights.
 
@@ -85,19 +86,22 @@ def batch_sums(
         key: of the dropout.
         z_loss: see `loss.cross_entropy`.
         label_smoothing: likewise.
+        router_aux_loss: factor on the imbalance of the experts (see `experts.balance`), the mean
+            over the layers that have any, which each row adds with its weight.
 
     Returns:
         loss_sum and weight_sum, float32 scalars.
     """
-    hidden_BTD, _ = decoder.apply(
+    (hidden_BTD, _), sown = decoder.apply(
         {"params": params},
         batch.inputs_BT,
         batch.positions_BT,
         batch.segment_ids_BT,
         rngs={"dropout": key} if decoder.numerics.dropout else None,
+        mutable=["losses"] if router_aux_loss else [],
     )
     vocabulary_VD, bias_V = vocabulary(decoder.config, params)
-    return cross_entropy(
+    loss_sum, weight_sum = cross_entropy(
         hidden_BTD,
         vocabulary_VD,
         targets_BT=batch.targets_BT,
@@ -108,6 +112,12 @@ def batch_sums(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
     )
+    if router_aux_loss and sown:
+        balance_LB = jnp.concatenate(jax.tree.leaves(sown["losses"]))
+        row_weights_B = jnp.sum(batch.weights_BT, axis=1)
+        balance = jnp.sum(jnp.mean(balance_LB, axis=0) * row_weights_B)
+        loss_sum = loss_sum + router_aux_loss * balance
+    return loss_sum, weight_sum
 
 
 def state_structs(

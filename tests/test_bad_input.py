@@ -82,7 +82,12 @@ def refused(run_dir: Path, arguments: dict, sections: dict) -> str:
         ({}, dict(model=dict(config=dict(n_head=3))), ("3", "16")),
         ({}, dict(model=dict(config=dict(vocab_size=30))), ("30", "tokenizer")),
         ({}, dict(model=dict(num_layers_unfrozen=5)), ("num_layers_unfrozen", "5", "1 layers")),
-        ({}, dict(model=dict(peft_config=dict(r=8))), ("peft_config", "LoRA")),
+        ({}, dict(model=dict(peft_config=dict(r=0))), ("peft_config.r", "0", "at least 1")),
+        (
+            {},
+            dict(model=dict(peft_config=dict(target_modules=["q_proj"]))),
+            ("target_modules", "q_proj", "c_attn", "all-linear"),
+        ),
         (dict(samples=None), dict(data=dict(train="gone.jsonl")), ("gone.jsonl", "no such file")),
         (dict(samples=[["a" * 40, "b"]]), {}, ("no example is left", "seq_length")),
         (

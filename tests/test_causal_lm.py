@@ -115,7 +115,7 @@ def test_without_a_tokenizer_there_is_no_text():
         (FIELDS | dict(n_layers=2), "model.config.n_layers is no field of GPT2Config"),
         (FIELDS | dict(n_head=5), "n_embd=32 does not divide by n_head=5"),
         (FIELDS | dict(activation_function="mish"), "activation_function='mish' is not built"),
-        (FIELDS | dict(add_cross_attention=True), "add_cross_attention=True is for encoder"),
+        (FIELDS | dict(add_cross_attention=True), "add_cross_attention=True is not built: only False is"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

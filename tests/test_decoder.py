@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_models import paths_and_leaves, tiny_gpt2
 
-from jax_sft.model import decoder as decoder_module
 from jax_sft.model.decoder import empty_cache, init_params, logical_axes, mask_padding
+from jax_sft.model.layers import ACTIVATIONS
 from jax_sft.sharding import MESH_AXES
 
 TOKENS = np.random.default_rng(0).integers(0, 67, (2, 12), dtype=np.int32)
@@ -164,5 +164,5 @@ def test_activations_are_torchs(name):
         "tanh": torch.tanh,
     }
     x = np.linspace(-6, 6, 101, dtype=np.float32)
-    got = decoder_module.ACTIVATIONS[name](x)
+    got = ACTIVATIONS[name](x)
     np.testing.assert_allclose(got, theirs[name](torch.tensor(x)).numpy(), rtol=0, atol=2e-6)

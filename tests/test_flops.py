@@ -7,7 +7,9 @@ from jax_sft.flops import peak_flops, train_flops
 
 def test_flops_by_hand():
     """6·N a token for the parameters; 6·L·H·C·T a token for causal attention."""
-    got = train_flops(num_params=10, num_layers=2, attention_width=3, row_len=5, num_tokens=7)
+    got = train_flops(
+        num_params=10, num_trained=10, num_layers=2, attention_width=3, row_len=5, num_tokens=7
+    )
     assert got == (6 * 10 + 6 * 2 * 3 * 5) * 7
 
 

@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 from jax_sft.model import pretrained
 from jax_sft.model.families.gpt2 import FAMILY
 from jax_sft.model.name_table import BlockReader, _merge, find_kinds, find_names
-from jax_sft.model.types import DecoderConfig, Tensor
+from jax_sft.model.types import DecoderConfig, Layer, Norm, Tensor
 from jax_sft.model.weight_files import WeightFiles
 
 L, D, H, K, C = 2, 6, 4, 2, 3
 CONFIG = DecoderConfig(
-    num_layers=L,
+    layers=(Layer(),) * L,
     width=D,
     num_heads=H,
     num_kv_heads=K,
@@ -25,9 +25,8 @@ CONFIG = DecoderConfig(
     vocab_size=5,
     num_positions=1,
     activation="relu",
-    norm_eps=1e-5,
+    norm=Norm("rms", 1e-5),
     attention_scale=1.0,
-    scale_by_layer=False,
     tied_head=True,
     init_std=1.0,
     residual_init_std=1.0,

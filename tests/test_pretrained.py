@@ -1,6 +1,7 @@
 """Import and export of GPT-2 folders of a few kilobytes, written here tensor by tensor."""
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import os
@@ -206,21 +207,35 @@ def test_import_from_shards(tmp_path):
     assert_fits(params, tensors)
 
 
-def test_import_in_small_pieces_stays_within_its_budget(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("num_numbers", "mesh_sizes"),
+    [(2 * D * F + 1, {}), (D * F - 1, {}), (F - 1, {}), (F, {"fsdp": 2, "tensor": 4})],
+    ids=str,
+)
+def test_import_in_small_pieces_stays_within_its_budget(
+    tmp_path, monkeypatch, mesh_sizes, num_numbers
+):
     tensors = make_tensors()
     write_folder(tmp_path, tensors)
     sizes = []
 
     def read(self, index):
         block = READ_BLOCK(self, index)
-        sizes.append(block.nbytes)
+        sizes.append(block.size)
         return block
 
     monkeypatch.setattr(BlockReader, "__call__", read)
-    one_layer = D * F * 4  # of the largest kind: less than a layer is never read at once
-    params, *_ = load(tmp_path, staging_bytes=3 * one_layer)
+    params, *_ = load(tmp_path, staging_bytes=16 * num_numbers, **mesh_sizes)
     assert_fits(params, tensors)
-    assert max(sizes) <= one_layer
+    assert num_numbers / 2 < max(sizes) <= num_numbers  # of float32, with what it came from
+
+
+def test_pieces_are_cut_along_the_first_axes():
+    assert pretrained._tile([12, 768, 3072], 5_000_000) == [2, 768, 3072]
+    assert pretrained._tile([12, 768, 3072], 1_000_000) == [1, 325, 3072]
+    assert pretrained._tile([12, 768, 3072], 3000) == [1, 1, 3000]
+    assert pretrained._tile([12, 768, 3072], 1 << 40) == [12, 768, 3072]
+    assert pretrained._tile([12], 0) == [1]
 
 
 def test_sharded_import_reads_every_byte_once(tmp_path, monkeypatch):
@@ -330,7 +345,12 @@ def test_damaged_shards(tmp_path, harm, message):
     [
         (None, "has no config.json"),
         ("{", "config.json cannot be read"),
+        ("[]", "config.json cannot be read"),
         ('{"model_type": "?"}', "config.json cannot be read"),
+        (
+            '{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}',
+            "model_type 'own' is unknown to transformers: it is code.*auto_map.*never run",
+        ),
     ],
 )
 def test_a_config_that_is_none(tmp_path, text, message):
@@ -341,6 +361,39 @@ def test_a_config_that_is_none(tmp_path, text, message):
     assert "\n" not in str(caught.value)
     write_config(tmp_path)
     assert pretrained.read_config(tmp_path).n_embd == D
+
+
+def test_code_beside_a_known_model_is_not_run(tmp_path):
+    write_config(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["auto_map"] = {"AutoConfig": "own.Config"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "own.py").write_text("raise RuntimeError('run')")
+    assert type(pretrained.read_config(tmp_path)).__name__ == "GPT2Config"
+
+
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_of_a_hub_model_only_what_is_loaded_comes_down(tmp_path, monkeypatch, has_safetensors):
+    """A folder stands in for the hub."""
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    kept = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja"]
+    kept += ["tokenizer.model", "model.safetensors" if has_safetensors else "flax_model.msgpack"]
+    left = ["consolidated.safetensors", "pytorch_model.bin", "tf_model.h5"]
+    hub.mkdir()
+    for name in [*kept, *left, "flax_model.msgpack"]:
+        (hub / name).write_text("x")
+
+    def download(name, *, allow_patterns):
+        assert name == "owner/model"
+        cache.mkdir(exist_ok=True)
+        for path in hub.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                (cache / path.name).write_bytes(path.read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert pretrained.resolve_folder("owner/model") == cache
+    assert sorted(path.name for path in cache.iterdir()) == sorted(kept)
 
 
 def test_paths_that_are_no_model(tmp_path):
@@ -360,7 +413,7 @@ def test_paths_that_are_no_model(tmp_path):
 
 def save(loaded, folder, **options):
     params, dtypes, config = loaded
-    pretrained.save_params(
+    return pretrained.save_params(
         folder, FAMILY, config=config, params=params, source_dtypes=dtypes, **options
     )
 
@@ -394,7 +447,7 @@ def test_export_gives_back_the_bits(tmp_path, source, mesh_sizes):
     write_folder(tmp_path / "in", tensors)
     config = UNTIED if source == "mixed" else CONFIG
     loaded = load(tmp_path / "in", config=config, num_frozen_layers=1, **mesh_sizes)
-    save(loaded, tmp_path / "out")
+    assert save(loaded, tmp_path / "out") == ("float16" if source == "mixed" else source)
     assert_same_tensors(read_all(tmp_path / "out"), tensors)
     (written,) = (tmp_path / "out").iterdir()
     assert written.name == "model.safetensors"
@@ -406,7 +459,7 @@ def test_export_gives_back_the_bits(tmp_path, source, mesh_sizes):
 def test_export_in_a_given_dtype(tmp_path):
     tensors = make_tensors()
     loaded = load(write_folder(tmp_path / "in", tensors))
-    save(loaded, tmp_path / "out", dtype="bfloat16")
+    assert save(loaded, tmp_path / "out", dtype="bfloat16") == "bfloat16"
     expected = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
     assert_same_tensors(read_all(tmp_path / "out"), expected)
     with pytest.raises(ValueError, match="dtype 'int8' is unknown"):

@@ -8,7 +8,8 @@ from the first byte; training takes them from here and gives them back here to b
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from jax_sft import sampler, sharding
 from jax_sft.data.tokenization import decode_outputs, load_tokenizer, prompt_ids
-from jax_sft.model import pretrained
+from jax_sft.model import adapter_files, lora, pretrained
 from jax_sft.model.attention import choose_backend
 from jax_sft.model.decoder import Decoder, init_params, logical_axes, logits
 from jax_sft.model.families import find_family, read_config
@@ -85,6 +86,8 @@ class CausalLM:
         mesh: the mesh that the parameters live on.
         params: nested dict of arrays, named as in `Decoder`.
         folder: the folder that it was opened from, or None.
+        adapters: low-rank adapters beside its kernels, or None.
+        base_model: hub name or folder, as it was given.
         source_dtypes: the checkpoint's dtype of each of its tensors, kept on export.
     """
 
@@ -96,6 +99,7 @@ class CausalLM:
         tokenizer: PreTrainedTokenizerBase | None = None,
         generation_config: GenerationConfig | None = None,
         dropout_fields: Iterable[str] = (),
+        peft_config: Mapping[str, Any] | None = None,
     ) -> None:
         mesh = placement.mesh or sharding.make_mesh(data=1, fsdp=-1, sequence=1, tensor=1)
         self.family = find_family(config)
@@ -106,13 +110,23 @@ class CausalLM:
         decoder_config = dataclasses.replace(decoder_config, **rates)
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self.adapters: lora.Adapters | None = None
+        if peft_config is not None:
+            self.adapters = lora.read_peft_config(
+                peft_config,
+                self.family.tensors(decoder_config),
+                model_type=config.model_type,
+                num_layers=decoder_config.num_layers,
+            )
         self.decoder = Decoder(
             decoder_config,
-            placement.numerics(),
+            dataclasses.replace(placement.numerics(), adapters=self.adapters),
             vocab_padding=-decoder_config.vocab_size % sharding.num_shards(mesh, "vocab"),
             num_frozen_layers=placement.num_frozen_layers(decoder_config.num_layers),
         )
         self.folder: Path | None = None
+        self.base_model: str | None = None
+        self._adapter_folder: Path | None = None
         self.params: dict | None = None
         self.source_dtypes: dict[str, str] = {}
 
@@ -127,7 +141,8 @@ class CausalLM:
         """Loads a `transformers` model: config, weights (safetensors), tokenizer.
 
         Args:
-            path: a folder, or a hub name where the hub can be reached.
+            path: a folder, or a hub name where the hub can be reached; or those of a PEFT
+                adapter, which says itself what its base model is.
             tokenizer: None loads the one beside the model, if there is one.
             placement: mesh and dtypes; None for all devices and the automatic dtypes.
 
@@ -149,60 +164,111 @@ class CausalLM:
         fields: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         placement: Placement | None = None,
+        peft_config: Mapping[str, Any] | None = None,
     ) -> "CausalLM":
         """Reads what a model is, and leaves its weights to `load` or `init`.
 
         Args:
-            path: a folder or a hub name; None for a model made of `fields` alone.
+            path: a folder or a hub name, of a model or of a PEFT adapter; None for a model
+                made of `fields` alone.
             fields: `transformers` config fields, by name: those to change, or all of them,
                 `model_type` among them. A dropout rate applies only if it is named here.
             tokenizer: None loads the one beside the model, if there is one. For a model made
                 of fields it gives the vocabulary's size and the special tokens.
             placement: mesh and dtypes; None for all devices and the automatic dtypes.
+            peft_config: fields of PEFT's LoraConfig, by name: adapters to add. An adapter's
+                folder has its own.
 
         Raises:
             ValueError: the folder or an option is not as expected.
         """
         fields, placement = fields or {}, placement or Placement()
+        kept = {"placement": placement, "dropout_fields": fields}
         if path is None:
             config = _new_config(_special_tokens(tokenizer) | fields)
-            return cls(config, placement=placement, tokenizer=tokenizer, dropout_fields=fields)
-        folder = pretrained.resolve_folder(path)
+            return cls(config, tokenizer=tokenizer, peft_config=peft_config, **kept)
+        folder, adapter_folder = pretrained.resolve_folder(path), None
+        if adapter_files.is_adapter_folder(folder):
+            adapter_folder = folder
+            if peft_config is not None:
+                raise ValueError(
+                    f"{adapter_folder} holds an adapter, which has its own peft_config: leave"
+                    " model.peft_config out to go on training it"
+                )
+            peft_config = adapter_files.read_adapter_config(adapter_folder)
+            path = adapter_files.base_model(adapter_folder)
+            folder = pretrained.resolve_folder(path)
         config = pretrained.read_config(folder)
         _override(config, fields)
-        if tokenizer is None and (folder / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(folder)
+        for place in (adapter_folder, folder):  # an adapter may have added to the tokenizer
+            if tokenizer is None and place and (place / "tokenizer_config.json").is_file():
+                tokenizer = load_tokenizer(place)
         generation_config = None
         if (folder / "generation_config.json").is_file():
             generation_config = GenerationConfig.from_pretrained(folder)
         model = cls(
             config,
-            placement=placement,
             tokenizer=tokenizer,
             generation_config=generation_config,
-            dropout_fields=fields,
+            peft_config=peft_config,
+            **kept,
         )
-        model.folder = folder
+        model.folder, model.base_model = folder, str(path)
+        model._adapter_folder = adapter_folder
         return model
 
-    def load(self) -> None:
+    def load(self, *, seed: int = 0) -> None:
         """Reads the parameters of the folder that was opened, straight to their devices.
+
+        Args:
+            seed: of new adapters.
 
         Raises:
             ValueError: a file or a tensor is missing or not as expected.
         """
         assert self.folder is not None, "opened without a folder"
-        self.params, self.source_dtypes = pretrained.load_params(
-            self.folder, self.family, config=self.decoder.config, like=self.param_structs()
+        base, adapters = lora.split(self.param_structs())
+        config = self.decoder.config
+        params, self.source_dtypes = pretrained.load_params(
+            self.folder, self.family, config=config, like=base
         )
+        if self.adapters is not None and self._adapter_folder is not None:
+            loaded = adapter_files.load_adapters(
+                self._adapter_folder, self.family, self.adapters, config=config, like=adapters
+            )
+            params = lora.join(params, loaded)
+        elif self.adapters is not None:
+            drawn = self._draw(seed, only_adapters=True)
+            params = self._with_magnitudes(lora.join(params, drawn))
+        self.params = params
 
     def init(self, seed: int) -> None:
         """Draws random parameters: the same for the same seed, on any mesh."""
-        shardings = jax.tree.map(lambda struct: struct.sharding, self.param_structs())
+        self.params = self._with_magnitudes(self._draw(seed, only_adapters=False))
+
+    def _draw(self, seed: int, *, only_adapters: bool) -> dict:
         decoder = self.decoder
-        draw = jax.jit(lambda key: nn.unbox(init_params(decoder, key)), out_shardings=shardings)
+
+        def draw(key: jax.Array) -> dict:
+            params = nn.unbox(init_params(decoder, key))
+            return lora.split(params)[1] if only_adapters else params
+
+        structs = self.param_structs()
+        structs = lora.split(structs)[1] if only_adapters else structs
+        shardings = jax.tree.map(lambda struct: struct.sharding, structs)
         with jax.set_mesh(self.mesh):
-            self.params = draw(jax.random.key(seed))
+            return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+    def _with_magnitudes(self, params: dict) -> dict:
+        """Sets what DoRA starts from; it is known only when the kernels are."""
+        if self.adapters is None or not self.adapters.dora:
+            return params
+        shardings = jax.tree.map(lambda struct: struct.sharding, self.param_structs())
+        with jax.set_mesh(self.mesh):
+            set_magnitudes = jax.jit(
+                lora.with_magnitudes, out_shardings=shardings, donate_argnums=0
+            )
+            return set_magnitudes(params)
 
     def param_structs(self) -> dict:
         """Returns each parameter's shape, dtype and sharding, as `jax.ShapeDtypeStruct`s."""
@@ -217,18 +283,25 @@ class CausalLM:
 
     @property
     def training_decoder(self) -> Decoder:
-        """The decoder with dropout on, where the config asked for a rate above 0."""
+        """The decoder with dropout on, where a rate above 0 was asked for."""
         dropout = any(getattr(self.decoder.config, rate) for rate in DROPOUT_RATES)
+        dropout |= self.adapters is not None and self.adapters.dropout > 0
         numerics = dataclasses.replace(self.decoder.numerics, dropout=dropout)
         return self.decoder.clone(numerics=numerics)
 
     @property
     def num_params(self) -> int:
-        """Parameters, without the vocabulary's padding."""
-        sizes = (struct.size for struct in jax.tree.leaves(self.param_structs()))
-        c = self.decoder.config
-        num_padded = (1 if c.tied_head else 2) * (c.embed_width or c.width) + int(c.head_bias)
-        return sum(sizes) - num_padded * self.decoder.vocab_padding
+        """The base model's parameters, without the vocabulary's padding."""
+        return self.count_params(lambda path: not lora.is_adapter(path))
+
+    def count_params(self, is_meant: Callable[[str], bool]) -> int:
+        """Counts the parameters whose slash-joined path is meant, without any padding."""
+        padding, count = self.decoder.vocab_padding, 0
+        for path, struct in pretrained.by_path(self.param_structs()).items():
+            if is_meant(path):
+                num_rows = struct.shape[0] - padding * path.startswith(("embed/tokens", "head/"))
+                count += num_rows * math.prod(struct.shape[1:])
+        return count
 
     @property
     def stop_ids(self) -> list[int]:
@@ -368,6 +441,9 @@ class CausalLM:
     def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> None:
         """Writes a folder that `transformers` loads: weights, configs, tokenizer.
 
+        Adapters are merged into the kernels, and in the folder's adapter/ they stand by
+        themselves, as `save_adapter` writes them.
+
         Args:
             folder: made if missing; files of the same names are replaced.
             dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's dtype in the
@@ -377,7 +453,7 @@ class CausalLM:
             Path(folder),
             self.family,
             config=self.decoder.config,
-            params=self.params,
+            params=self._merged_params(),
             source_dtypes=self.source_dtypes,
             dtype=dtype,
         )
@@ -386,6 +462,40 @@ class CausalLM:
             self.generation_config.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+        if self.adapters is not None:
+            self.save_adapter(Path(folder) / "adapter")
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapters as a folder that `peft` loads, with the tokenizer.
+
+        Args:
+            folder: made if missing; files of the same names are replaced.
+
+        Raises:
+            ValueError: the model has no adapters, or the folder cannot be written.
+        """
+        if self.adapters is None:
+            raise ValueError("this model has no adapters: set model.peft_config to train some")
+        adapter_files.save_adapters(
+            Path(folder),
+            self.family,
+            self.adapters,
+            config=self.decoder.config,
+            params=lora.split(self.params)[1],
+            base_model=self.base_model,
+        )
+        if jax.process_index() == 0 and self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def _merged_params(self) -> dict:
+        """The base model's parameters, with the adapters in them."""
+        if self.adapters is None:
+            return self.params
+        base, _ = lora.split(self.param_structs())
+        shardings = jax.tree.map(lambda struct: struct.sharding, base)
+        merge = functools.partial(lora.merge, adapters=self.adapters)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(merge, out_shardings=shardings)(self.params)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

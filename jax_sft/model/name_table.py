@@ -115,7 +115,8 @@ def find_names(
             tied_names.append(name)
         elif not _is_buffer(name, family):
             unknown.append(name)
-    _tie(files, kinds, names, tied_names)
+    if tied_names:
+        _tie(files, kinds, names, tied_names)
     problems = {
         "missing": [name for name in wanted if name not in names],
         "unknown": unknown,
@@ -259,9 +260,9 @@ def _find_kind(
 
 def _num_row_axes(path: str, num_axes: int) -> int:
     """Returns how many axes are inputs: of [H, C, D] two, of [D, H, C] one, of a bias none."""
-    if path.endswith(("/bias", "/scale")):
+    if path.endswith(("/bias", "/scale", "/lora_magnitude")):
         return 0
-    return num_axes - 1 if path.endswith("/out/kernel") else 1
+    return num_axes - 1 if path.endswith(("/out/kernel", "/lora_a")) else 1
 
 
 def _merge(
