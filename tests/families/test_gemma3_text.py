@@ -35,7 +35,7 @@ class TestGemma3Text(FamilyLaws):
         ),
         "logit cap, untied, biases": FIELDS
         | dict(
-            final_logit_softcapping=1.5,
+            final_logit_softcapping=9.0,
             tie_word_embeddings=False,
             attention_bias=True,
             rms_norm_eps=0.1,

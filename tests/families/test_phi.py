@@ -53,5 +53,6 @@ class TestPhi(FamilyLaws):
     }
     refused = {
         "activation": (FIELDS | dict(hidden_act="mish"), "mish"),
+        "an odd number turned": (FIELDS | rope(partial_rotary_factor=0.4), "turns 3 of a head's 8"),
         "rope type": (FIELDS | rope(rope_type="proportional"), "proportional"),
     }

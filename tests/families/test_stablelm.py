@@ -39,5 +39,6 @@ class TestStableLm(FamilyLaws):
     }
     refused = {
         "dropout after the MLP alone": (FIELDS | dict(hidden_dropout=0.1), "hidden_dropout"),
+        "nothing turned": (FIELDS | rope(partial_rotary_factor=0.0), "turns 0 of a head's 8"),
         "width of a head": (FIELDS | dict(hidden_size=30), "num_attention_heads=4"),
     }

@@ -1,6 +1,9 @@
 """One file a family: its `transformers` config to ours, and its tensor names to ours."""
 
+import copy
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
 
 from jax_sft.model.families import (
     bloom,
@@ -65,14 +68,15 @@ FAMILIES = {
     "xglm": xglm.FAMILY,
 }
 
-# Fields that every config has and that change no logits: of generation, heads for other
-# tasks, storage. A quantised checkpoint is another matter.
+# Fields that many configs have and that change no logits: of generation, heads for other
+# tasks, storage.
 _HARMLESS_EVERYWHERE = {
     "architectures",
     "attn_implementation",
     "auto_map",
     "bos_token_id",
     "chunk_size_feed_forward",
+    "classifier_dropout",
     "dtype",
     "eos_token_id",
     "finetuning_task",
@@ -120,26 +124,63 @@ def read_config(config: Any) -> DecoderConfig:
         ValueError: the family, or an option that would change the numbers, is not built.
     """
     family = find_family(config)
+    _check_any_family(config)
     reading = _Reading(config)
     decoder_config = family.decoder_config(reading)
+    _check_unread(config, {*reading.fields, *family.harmless, *family.dropout_fields})
+    return decoder_config
+
+
+def _check_any_family(config: Any) -> None:
+    """Refuses what `transformers` reads of any config, and families need not know.
+
+    Raises:
+        ValueError: it is there.
+    """
     if getattr(config, "quantization_config", None):
         raise ValueError(
             "the model is quantised (quantization_config), which is not built: pass the folder of"
             " its float16, bfloat16 or float32 weights"
         )
-    known = reading.fields | _HARMLESS_EVERYWHERE | {*family.harmless, *family.dropout_fields}
-    renamed = getattr(config, "attribute_map", {})
-    known |= {renamed[field] for field in known if field in renamed}
-    known |= {field for field, name in renamed.items() if name in known}
-    defaults = type(config)().to_dict()
-    for field, default in defaults.items():
-        value = getattr(config, field, default)
-        if field not in known and not field.startswith("_") and value != default:
+    if config.is_heterogeneous:
+        raise ValueError(
+            "config field per_layer_config gives layers options of their own, which is not built:"
+            " choose a model whose layers are alike"
+        )
+    if not getattr(config, "is_causal", True):
+        raise ValueError(
+            f"config field is_causal={config.is_causal!r} is not built: only True is, where a"
+            " token sees those before it"
+        )
+
+
+def _check_unread(config: Any, known: set[str]) -> None:
+    """Refuses fields that are neither known nor as they would be if they were not stated.
+
+    A config made of what is known has the defaults of everything else, those among them that its
+    class computes. What its class has no field for, `transformers` does not read either.
+
+    Raises:
+        ValueError: names a field, its value and its default.
+    """
+    fields = config.to_dict()
+    known = {config.attribute_map.get(field, field) for field in known} - {"model_type"}
+    stated = {field: value for field, value in fields.items() if field in known}
+    try:
+        defaults = type(config)(**copy.deepcopy(stated)).to_dict()
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ValueError(
+            f"a {type(config).__name__} of these fields is not built ({reason}): see its"
+            " documentation"
+        ) from None
+    for field in sorted(defaults.keys() - known - _HARMLESS_EVERYWHERE):
+        value, default = fields.get(field, defaults[field]), defaults[field]
+        if value != default and not field.startswith("_"):
             raise ValueError(
                 f"config field {field}={value!r} is not built for {config.model_type}: only its"
                 f" default {default!r} is"
             )
-    return decoder_config
 
 
 class _Reading:

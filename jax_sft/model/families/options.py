@@ -49,6 +49,26 @@ def head_width(config: Any, width_field: str, heads_field: str) -> int:
     return width // heads
 
 
+def turned_width(config: Any, width: int) -> int:
+    """Returns how many of a head's numbers rotary positions turn, by `partial_rotary_factor`.
+
+    Args:
+        config: a config that has the same rope parameters for all layers.
+        width: of a head (C).
+
+    Raises:
+        ValueError: none, more than there are, or an odd number.
+    """
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    turned = int(width * share)
+    if turned % 2 or not 0 < turned <= width:
+        raise ValueError(
+            f"partial_rotary_factor={share} turns {turned} of a head's {width} numbers, which is"
+            f" not built: choose one that turns an even number from 2 to {width}"
+        )
+    return turned
+
+
 def require(config: Any, **expected: Any) -> None:
     """Refuses fields that have another value than the one that is built.
 
@@ -76,9 +96,14 @@ def layer_windows(config: Any) -> list[int | None]:
     """Returns each layer's window by `layer_types` and `sliding_window`.
 
     Raises:
-        ValueError: a layer type that is neither full nor sliding attention, or a sliding one
-            without a window.
+        ValueError: a layer type that is neither full nor sliding attention, a sliding one
+            without a window, or not one for each layer.
     """
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types has {len(config.layer_types)} entries, but num_hidden_layers is"
+            f" {config.num_hidden_layers}: give one for each layer"
+        )
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     for kind in config.layer_types:
         if kind not in windows:

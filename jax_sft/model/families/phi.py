@@ -8,7 +8,8 @@ and Phi-3 and later are another family.
 from typing import Any
 
 from jax_sft.model.families import llama, rows
-from jax_sft.model.families.options import activation
+from jax_sft.model.families.options import activation, turned_width
+from jax_sft.model.families.rotary_options import read_rotary
 from jax_sft.model.types import DecoderConfig, Family, Layer, Norm, QKNorm, Tensor
 
 
@@ -19,6 +20,11 @@ def decoder_config(config: Any) -> DecoderConfig:
         ValueError: an option that is not built.
     """
     head_width = llama.head_width(config)
+    rotary = read_rotary(
+        config.rope_parameters,
+        width=turned_width(config, head_width),
+        num_positions=config.max_position_embeddings,
+    )
     norm = Norm("layer", config.layer_norm_eps, bias=True)
     return DecoderConfig(
         width=config.hidden_size,
@@ -28,7 +34,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         mlp_width=config.intermediate_size,
         vocab_size=config.vocab_size,
         num_positions=llama.num_positions(config),
-        layers=(Layer(rotary=llama.rotary(config, partial=True)),) * config.num_hidden_layers,
+        layers=(Layer(rotary=rotary),) * config.num_hidden_layers,
         norm=norm,
         activation=activation(config, "hidden_act"),
         tied_head=config.tie_word_embeddings,

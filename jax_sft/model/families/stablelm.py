@@ -7,7 +7,8 @@ of `transformers.StableLmConfig`.
 from typing import Any
 
 from jax_sft.model.families import llama, rows
-from jax_sft.model.families.options import activation, head_width, require
+from jax_sft.model.families.options import activation, head_width, require, turned_width
+from jax_sft.model.families.rotary_options import read_rotary
 from jax_sft.model.types import DecoderConfig, Family, Layer, Norm, QKNorm, Tensor
 
 
@@ -19,6 +20,11 @@ def decoder_config(config: Any) -> DecoderConfig:
     """
     require(config, hidden_dropout=0.0)
     width = head_width(config, "hidden_size", "num_attention_heads")
+    rotary = read_rotary(
+        config.rope_parameters,
+        width=turned_width(config, width),
+        num_positions=config.max_position_embeddings,
+    )
     qk_norm = QKNorm(Norm("layer", config.layer_norm_eps), over="each_head")
     return DecoderConfig(
         width=config.hidden_size,
@@ -28,7 +34,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         mlp_width=config.intermediate_size,
         vocab_size=config.vocab_size,
         num_positions=llama.num_positions(config),
-        layers=(Layer(rotary=llama.rotary(config, partial=True)),) * config.num_hidden_layers,
+        layers=(Layer(rotary=rotary),) * config.num_hidden_layers,
         norm=Norm("layer", config.layer_norm_eps, bias=True),
         activation=activation(config, "hidden_act"),
         tied_head=config.tie_word_embeddings,
