@@ -17,15 +17,15 @@ NEW = FIELDS | dict(new_decoder_architecture=True, num_kv_heads=2)
 class TestFalcon(FamilyLaws):
     cases = {
         "old, one key/value head": FIELDS,
-        "old, consecutive, six heads, alibi, biases, untied": FIELDS
+        "old, consecutive, twelve heads, alibi, biases, untied": FIELDS
         | dict(
             alibi=True,
             bias=True,
             multi_query=False,
             parallel_attn=False,
             tie_word_embeddings=False,
-            hidden_size=48,
-            num_attention_heads=6,
+            hidden_size=36,
+            num_attention_heads=12,
             ffn_hidden_size=None,
             layer_norm_epsilon=1e-3,
         ),

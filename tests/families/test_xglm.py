@@ -10,15 +10,17 @@ FIELDS = dict(
     ffn_dim=48,
     max_position_embeddings=64,
     vocab_size=41,
+    # Tied to embeddings that are scaled, each token would be followed by itself.
+    tie_word_embeddings=False,
 )
 
 
 class TestXGLM(FamilyLaws):
     cases = {
         "plain": FIELDS,
-        "untied, unscaled, odd width": FIELDS
+        "tied, unscaled, odd width": FIELDS
         | dict(
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,
             scale_embedding=False,
             d_model=35,
             attention_heads=5,
