@@ -376,8 +376,11 @@ def test_code_beside_a_known_model_is_not_run(tmp_path):
 def test_of_a_hub_model_only_what_is_loaded_comes_down(tmp_path, monkeypatch, has_safetensors):
     """A folder stands in for the hub."""
     hub, cache = tmp_path / "hub", tmp_path / "cache"
-    kept = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja"]
-    kept += ["tokenizer.model", "model.safetensors" if has_safetensors else "flax_model.msgpack"]
+    kept = ["config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "tokenizer.model"]
+    if has_safetensors:
+        kept += ["adapter_model.safetensors", "model-00001-of-00001.safetensors"]
+    else:
+        kept += ["flax_model.msgpack"]
     left = ["consolidated.safetensors", "pytorch_model.bin", "tf_model.h5"]
     hub.mkdir()
     for name in [*kept, *left, "flax_model.msgpack"]:

@@ -5,6 +5,7 @@ folder or hub name, call it for logits, generate text, save it back. Parameters 
 from the first byte; training takes them from here and gives them back here to be saved.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -449,7 +450,7 @@ class CausalLM:
             dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's dtype in the
                 checkpoint it came from, and the parameters' own where there was none.
         """
-        pretrained.save_params(
+        written_dtype = pretrained.save_params(
             Path(folder),
             self.family,
             config=self.decoder.config,
@@ -458,7 +459,9 @@ class CausalLM:
             dtype=dtype,
         )
         if jax.process_index() == 0:
-            self.config.save_pretrained(folder)
+            config = copy.copy(self.config)
+            config.dtype = written_dtype
+            config.save_pretrained(folder)
             self.generation_config.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)

@@ -32,6 +32,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 _GATHER_BYTES = 64 << 20
 # Weights under the names that transformers gives them, and not what else a hub repository has.
 _HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES += ["adapter_model.safetensors"]
 _HUB_FLAX_FILES = ["flax_model*.msgpack"]
 
 
@@ -54,7 +55,7 @@ def resolve_folder(path: str | Path) -> Path:
 
     try:
         folder = Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
-        if not any(folder.glob("model*.safetensors")):
+        if not any(folder.glob("*.safetensors")):
             snapshot_download(str(path), allow_patterns=_HUB_FLAX_FILES)
         return folder
     except (OSError, ValueError) as error:
