@@ -15,6 +15,7 @@ OPTIONS = {
     "z-loss": dict(z_loss=0.1),
     "smoothing": dict(label_smoothing=0.2),
     "both": dict(z_loss=0.1, label_smoothing=0.2),
+    "softcap": dict(softcap=2.0, z_loss=0.1),
 }
 
 
@@ -27,20 +28,25 @@ def draw(num_tokens, seed=0):
     return hidden, vocabulary, targets, weights.astype(np.float32)
 
 
-def naive(hidden, vocabulary, targets, weights, *, z_loss=0.0, label_smoothing=0.0):
-    """Loss sum and its gradients for hidden and vocabulary, in float64."""
+def naive(
+    hidden, vocabulary, targets, weights, *, bias=0.0, softcap=None, z_loss=0.0, label_smoothing=0.0
+):
+    """Loss sum and its gradients for hidden, vocabulary and bias, in float64."""
     hidden, real = np.float64(hidden), np.float64(vocabulary[:V])
-    logits = hidden @ real.T
+    logits, slope = hidden @ real.T + bias, 1.0
+    if softcap is not None:
+        slope = 1 - np.tanh(logits / softcap) ** 2
+        logits = softcap * np.tanh(logits / softcap)
     highest = logits.max(-1, keepdims=True)
     logsumexp = np.log(np.exp(logits - highest).sum(-1, keepdims=True)) + highest
     probabilities = np.exp(logits - logsumexp)
     wanted = (1 - label_smoothing) * np.eye(V)[targets] + label_smoothing / V
     loss = -(wanted * (logits - logsumexp)).sum(-1) + z_loss * logsumexp[..., 0] ** 2
     d_logits = probabilities * (1 + 2 * z_loss * logsumexp) - wanted
-    d_logits = d_logits * weights[..., None]
+    d_logits = d_logits * weights[..., None] * slope
     d_vocabulary = np.zeros(vocabulary.shape)
     d_vocabulary[:V] = np.einsum("BTV,BTD->VD", d_logits, hidden)
-    return (loss * weights).sum(), d_logits @ real, d_vocabulary
+    return (loss * weights).sum(), d_logits @ real, d_vocabulary, d_logits.sum((0, 1))
 
 
 def loss_sum(hidden, vocabulary, targets, weights, **options):
@@ -59,7 +65,7 @@ def test_loss_and_gradients_are_those_of_full_logits(options, num_tokens):
     inputs = draw(num_tokens)
     fn = jax.jit(jax.value_and_grad(functools.partial(loss_sum, **options), argnums=(0, 1)))
     loss, (d_hidden, d_vocabulary) = fn(*inputs)
-    expected, expected_hidden, expected_vocabulary = naive(*inputs, **options)
+    expected, expected_hidden, expected_vocabulary, _ = naive(*inputs, **options)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(d_hidden, expected_hidden, **CLOSE)
     np.testing.assert_allclose(d_vocabulary, expected_vocabulary, **CLOSE)
@@ -73,9 +79,24 @@ def test_the_gradient_of_one_factor_alone(argnum):
     np.testing.assert_allclose(got, naive(*inputs)[1 + argnum], **CLOSE)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_bias_on_the_logits(softcap):
+    inputs = draw(5)
+    bias = np.random.default_rng(1).standard_normal(PADDED).astype(np.float32)
+
+    def with_bias(bias, *inputs):
+        return loss_sum(*inputs, bias_V=bias, softcap=softcap)
+
+    got = jax.jit(jax.value_and_grad(with_bias, argnums=(0, 1)))(bias, *inputs)
+    loss, d_hidden, _, d_bias = naive(*inputs, bias=bias[:V], softcap=softcap)
+    np.testing.assert_allclose(got[0], loss, rtol=2e-6)
+    np.testing.assert_allclose(got[1][0][:V], d_bias, **CLOSE)
+    np.testing.assert_allclose(got[1][1], d_hidden, **CLOSE)
+
+
 def test_a_loss_without_gradients_and_a_scaled_gradient():
     inputs = draw(5)
-    expected, expected_hidden, _ = naive(*inputs)
+    expected, expected_hidden, *_ = naive(*inputs)
     np.testing.assert_allclose(jax.jit(loss_sum)(*inputs), expected, rtol=2e-6)
     doubled = jax.jit(jax.grad(lambda *args: -2.0 * loss_sum(*args)))(*inputs)
     np.testing.assert_allclose(doubled, -2.0 * expected_hidden, **CLOSE)

@@ -313,10 +313,11 @@ def merge(params: dict, adapters: Adapters) -> dict:
 
 def _owner(home: str, flat: dict[str, Any]) -> str:
     """The layer whose A a layer takes: its own, or that of the nearest before it."""
-    module, _, name = home.rpartition("/")
+    name = home.rpartition("/")[2]
+    module = home.removesuffix(name)
     names = [linear.rpartition("/")[2] for linear in _LINEARS]
     before = reversed(names[: names.index(name) + 1])
-    return next(f"{module}/{n}" for n in before if f"{module}/{n}/lora_a" in flat)
+    return next(module + other for other in before if f"{module}{other}/lora_a" in flat)
 
 
 def _num_stacked(path: str) -> int:

@@ -246,7 +246,9 @@ def _find_kind(
             indices, shape = tuple(range(shape[0])), shape[1:]
         if tensor.vocabulary:
             shape = (config.vocab_size, *shape[1:])
-        split = _num_row_axes(path, len(shape))
+        split = tensor.num_row_axes
+        if split is None:
+            split = _num_row_axes(path, len(shape))
         group_len, rest = divmod(math.prod(shape[split:]), tensor.num_groups)
         assert not rest, f"{path} {shape} does not split into {tensor.num_groups} groups"
         firsts = tuple((stack, some.start) for stack, some in found)

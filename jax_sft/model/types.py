@@ -242,6 +242,8 @@ class Tensor:
         transpose: theirs is [out, in], as in `torch.nn.Linear`.
         vocabulary: the leading axis is the vocabulary, which we may pad for sharding.
         num_groups: see above.
+        num_row_axes: how many leading axes of ours are theirs' rows; None: those of a kernel's
+            inputs, and none of a bias or a norm's factor, which have columns alone.
     """
 
     theirs: str
@@ -249,6 +251,7 @@ class Tensor:
     transpose: bool = False
     vocabulary: bool = False
     num_groups: int = 1
+    num_row_axes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

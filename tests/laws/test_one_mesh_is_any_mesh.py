@@ -28,6 +28,26 @@ VOCAB_SIZE = 257  # prime, as GPT-2's 50257: it is padded where the tensor axis 
 MODEL = dict(
     model_type="gpt2", n_layer=2, n_embd=32, n_head=4, n_positions=64, vocab_size=VOCAB_SIZE
 )
+# Dense and sparse layers, windows, fewer key/value heads than devices: what GPT-2 has not.
+EXPERTS = dict(
+    model_type="qwen3_moe",
+    num_hidden_layers=3,
+    mlp_only_layers=[0],
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    use_sliding_window=True,
+    sliding_window=6,
+    max_window_layers=2,
+    vocab_size=VOCAB_SIZE,
+)
 # data, fsdp, sequence, tensor; and the rows of a microbatch, None for the whole batch.
 MESHES = {
     "data": ((8, 1, 1, 1), None),
@@ -50,14 +70,15 @@ def batches():
     return Batches(examples, seq_length=ROW_LEN, batch_size=8)
 
 
-def run_steps(mesh, minibatch_size):
+def run_steps(mesh, minibatch_size, fields=MODEL, **method):
     """Losses and gradient norms of some steps, the first gradients, the last parameters."""
     config = default_sft_config().evolve(
         train=dict(seq_length=ROW_LEN, batch_size=8, minibatch_size=minibatch_size),
         optimizer=dict(name="sgd", kwargs=dict(lr=LR, momentum=0.9), max_grad_norm=None),
         scheduler=dict(name="constant", kwargs={}),
+        method=method,
     )
-    model = CausalLM.open(None, fields=MODEL, placement=Placement(mesh=mesh))
+    model = CausalLM.open(None, fields=fields, placement=Placement(mesh=mesh))
     update = recipe.make_update(config, model, num_steps=NUM_STEPS)
     step_fn, _ = recipe.compile_step(config, model, update)
     state = update.init(draw_params(model))
@@ -74,15 +95,39 @@ def run_steps(mesh, minibatch_size):
 
 def strip(params):
     """Drops the vocabulary's padding, which no two meshes share."""
-    padding = params["embed"]["tokens"][VOCAB_SIZE:]
-    assert not padding.any(), "padding is trained, or was not zero"
-    embed = params["embed"] | {"tokens": params["embed"]["tokens"][:VOCAB_SIZE]}
-    return params | {"embed": embed}
+    tables = {"embed": "tokens", "head": "kernel"}
+    for module, name in tables.items():
+        if module in params:
+            table = params[module][name]
+            assert not table[VOCAB_SIZE:].any(), "padding is trained, or was not zero"
+            params = params | {module: params[module] | {name: table[:VOCAB_SIZE]}}
+    return params
 
 
 @functools.cache
 def on_one_device():
     return run_steps(one_device(), None)
+
+
+@functools.cache
+def experts_on_one_device():
+    return run_steps(one_device(), None, EXPERTS, router_aux_loss=0.1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "minibatch_size"),
+    [((2, 2, 2, 1), 4), ((1, 2, 1, 4), None)],
+    ids=["data x fsdp x sequence, microbatches", "fsdp x tensor"],
+)
+def test_experts_too(sizes, minibatch_size):
+    """The auxiliary loss is of each row, so that microbatches change nothing either."""
+    history, grads, params = experts_on_one_device()
+    got = run_steps(mesh_of(sizes), minibatch_size, EXPERTS, router_aux_loss=0.1)
+    np.testing.assert_allclose(got[0], history, rtol=1e-5)
+    assert_close_trees(got[1], grads, rtol=2e-5)
+    assert_close_trees(got[2], params, rtol=1e-5)
+    without, _, _ = run_steps(one_device(), None, EXPERTS)
+    assert abs(without[0][0] - history[0][0]) > 0.1, "the auxiliary loss is not there"
 
 
 @pytest.mark.parametrize(("sizes", "minibatch_size"), MESHES.values(), ids=MESHES)

@@ -81,8 +81,9 @@ def tensors(config: DecoderConfig) -> tuple[Tensor, ...]:
         *rows.head(config),
     )
     if config.qk_norm is not None:
-        table += rows.norm(f"{block}.self_attn.q_norm", f"{ours}/query_norm", bias=False)
-        table += rows.norm(f"{block}.self_attn.k_norm", f"{ours}/key_norm", bias=False)
+        for theirs, name in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
+            weight = f"{block}.self_attn.{theirs}.weight"  # [H, C], unlike other norms
+            table += (Tensor(weight, (f"{ours}/{name}/scale",), num_row_axes=1),)
     return table
 
 
