@@ -43,7 +43,7 @@ class TestGemma3Text(FamilyLaws):
         ),
         # Six layers, of which the last alone sees everything.
         "pattern of six": {key: value for key, value in FIELDS.items() if key != "layer_types"}
-        | dict(num_hidden_layers=6, hidden_size=16, head_dim=4, intermediate_size=24),
+        | dict(num_hidden_layers=6, intermediate_size=24),
     }
     refused = {
         "both directions": (
