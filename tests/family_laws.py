@@ -1,17 +1,19 @@
 """What holds for every family: a class of tests, which a family's file fills with its cases.
 
     class TestLlama(FamilyLaws):
-        cases = {"plain": FIELDS, "scaled": FIELDS | dict(rope_parameters={...})}
+        cases = {"plain": FIELDS, "linear": FIELDS | rope("linear", factor=4.0)}
         refused = {"what": (FIELDS | dict(...), "a word that the error has")}
 
 Numbers are those of `transformers` in PyTorch, stored everywhere and live where torch is
 installed: law 6 (logits, loss and gradients are the same), law 2 (ours packs both examples in
 one row with a padded tail, theirs runs each alone) and law 7 (ours decodes prompts of different
-lengths together over a cache, theirs each alone by full passes). Law 5 (in = out) needs none.
+lengths together, theirs each alone). Law 5 (in = out) needs none.
 """
 
 import dataclasses
 import functools
+import importlib.util
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import family_oracle as oracle
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tiny_models import lay_out, on_device, one_device
 from transformers import AutoConfig
 
@@ -37,21 +39,17 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass
 class Case:
-    """A case with its folder; what is computed of it is computed once.
+    """A case with its folders; what several laws need of it is computed once.
 
     Attributes:
-        name: its name in `cases`.
-        fields: its config fields.
         golden: what is stored of it.
         folder: has its config and weights.
-        scratch: for other folders.
+        numbered: the same with the weights of `oracle.number_elements`.
     """
 
-    name: str
-    fields: dict[str, Any]
     golden: oracle.Golden
     folder: Path
-    scratch: Path
+    numbered: Path
 
     @functools.cached_property
     def model(self) -> CausalLM:
@@ -64,26 +62,43 @@ class Case:
         logits_BTV = self.model(batch.inputs_BT, batch.positions_BT, batch.segment_ids_BT)
         return np.asarray(logits_BTV)[0, :NUM_TOKENS]
 
+    @functools.cached_property
     def loss_and_probes(self) -> tuple[float, np.ndarray]:
         """Our loss of both examples in one row, and probes of its gradients."""
         loss, grads = loss_and_grads(self.model.decoder, self.model.params, packed_batch())
-        shapes, folder = self.golden.shapes, self.scratch / "numbered"
-        oracle.write_folder(folder, self.fields, oracle.number_elements(shapes))
-        places = jax.tree.leaves(open_model(folder).params)
-        named = oracle.by_their_names(shapes, places, jax.tree.leaves(grads))
+        places = jax.tree.leaves(open_model(self.numbered).params)
+        named = oracle.by_their_names(self.golden.shapes, places, jax.tree.leaves(grads))
         return float(loss), oracle.probe_all(named)
 
 
-def make_case(model_type: str, name: str, fields: dict[str, Any], folder: Path) -> Case:
-    """Writes a case's folder from what is stored of it."""
+@functools.cache
+def open_case(laws: type["FamilyLaws"], name: str, folder: Path) -> Case:
+    """Writes a case's folders, by what is stored of it."""
+    fields = laws.cases[name]
+    model_type = fields["model_type"]
     remedy = f"run `python scripts/make_golden.py {model_type}`"
     assert oracle.golden_file(model_type).is_file(), f"nothing is stored: {remedy}"
     golden = oracle.read_golden(model_type).get(name)
     assert golden is not None, f"case {name!r} is not stored: {remedy}"
     assert golden.fields == json.loads(json.dumps(fields)), f"the fields have changed: {remedy}"
-    weights = oracle.draw_weights(golden.shapes, golden.seed)
-    oracle.write_folder(folder / "model", fields, weights)
-    return Case(name, fields, golden, folder / "model", folder)
+    return Case(
+        golden,
+        folder=oracle.write_folder(folder / "model", fields, golden.weights),
+        numbered=oracle.write_folder(
+            folder / "numbered", fields, oracle.number_elements(golden.shapes)
+        ),
+    )
+
+
+def laws_of(model_type: str) -> type["FamilyLaws"]:
+    """The class of tests in a family's file."""
+    file = Path(__file__).parent / "families" / f"test_{model_type.replace('-', '_')}.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    classes = [value for value in vars(module).values() if inspect.isclass(value)]
+    [laws] = [kind for kind in classes if issubclass(kind, FamilyLaws) and kind is not FamilyLaws]
+    return laws
 
 
 def open_model(folder: Path) -> CausalLM:
@@ -117,15 +132,22 @@ def assert_close_logits(got_NV: np.ndarray, expected_NV: np.ndarray) -> None:
     np.testing.assert_allclose(got_NV, expected_NV, rtol=0, atol=atol)
 
 
-def assert_close_probes(got: np.ndarray, expected: np.ndarray, names: list[str]) -> None:
-    """Checks gradients' probes, each by its own size, or a tenth of the largest tensor's.
+def assert_close_losses(
+    got: tuple[float, np.ndarray], expected: tuple[float, np.ndarray], names: list[str]
+) -> None:
+    """Checks losses and their gradients' probes.
 
-    A key's bias moves all scores of a query alike, so that its gradient is zero but for what
-    rounding leaves of larger terms.
+    Each probe is measured by its own size, or a tenth of the largest tensor's: a key's bias
+    moves all scores of a query alike, so that its gradient is zero but for what rounding
+    leaves of larger terms.
     """
-    sizes = np.abs(expected).max(axis=1)
-    errors = np.abs(got - expected).max(axis=1) / np.maximum(sizes, 0.1 * sizes.max())
-    wrong = {name: error for name, error in zip(names, errors, strict=True) if error > TOLERANCE}
+    np.testing.assert_allclose(got[0], expected[0], rtol=TOLERANCE)
+    sizes = np.abs(expected[1]).max(axis=1)
+    errors = np.abs(got[1] - expected[1]).max(axis=1) / np.maximum(sizes, 0.1 * sizes.max())
+    # Not "> TOLERANCE", which NaN is not.
+    wrong = {
+        name: error for name, error in zip(names, errors, strict=True) if not error < TOLERANCE
+    }
     assert not wrong, f"relative errors of gradients: {wrong}"
 
 
@@ -133,16 +155,22 @@ class FamilyLaws:
     """The laws, for a family's cases.
 
     Attributes:
-        cases: config fields by name; the first is compared in gradients too.
+        cases: config fields by name.
         refused: config fields that are not built, and a word that the error must have.
+        num_differentiated: of how many cases, from the first, gradients are compared too.
     """
 
     cases: dict[str, dict[str, Any]]
     refused: dict[str, tuple[dict[str, Any], str]] = {}
+    num_differentiated: int = 1
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        names = list(self.cases)
         if "case" in metafunc.fixturenames:
-            metafunc.parametrize("case", self.cases, indirect=True, scope="class")
+            metafunc.parametrize("case", names, indirect=True)
+        if "differentiated" in metafunc.fixturenames:
+            names = names[: self.num_differentiated]
+            metafunc.parametrize("differentiated", names, indirect=True)
         if "refused_name" in metafunc.fixturenames:
             metafunc.parametrize("refused_name", self.refused)
 
@@ -153,11 +181,16 @@ class FamilyLaws:
         pytest.importorskip("torch")
         assert_close_logits(case.logits_NV, oracle.torch_logits(case.folder))
 
-    def test_loss_and_gradients_are_the_stored_ones(self, first_case):
-        loss, probes = first_case.loss_and_probes()
-        numbers, names = first_case.golden.numbers, sorted(first_case.golden.shapes)
-        np.testing.assert_allclose(loss, numbers["loss"], rtol=TOLERANCE)
-        assert_close_probes(probes, numbers["probes"], names)
+    def test_loss_and_gradients_are_the_stored_ones(self, differentiated):
+        numbers, names = differentiated.golden.numbers, sorted(differentiated.golden.shapes)
+        stored = numbers["loss"], numbers["probes"]
+        assert_close_losses(differentiated.loss_and_probes, stored, names)
+
+    def test_loss_and_gradients_are_those_of_torch(self, differentiated):
+        pytest.importorskip("torch")
+        case, shapes = differentiated, differentiated.golden.shapes
+        theirs = oracle.torch_loss_probes(case.folder, case.numbered, shapes)
+        assert_close_losses(case.loss_and_probes, theirs, sorted(shapes))
 
     def test_greedy_tokens_over_a_cache_are_the_stored_ones(self, case):
         answers = generate_ids(
@@ -170,21 +203,19 @@ class FamilyLaws:
         )
         assert answers == case.golden.numbers["tokens"].tolist()
 
-    def test_loaded_then_saved_is_bit_identical(self, case):
-        out = case.scratch / "saved"
-        case.model.save_pretrained(out)
+    def test_loaded_then_saved_is_bit_identical(self, case, tmp_path):
+        case.model.save_pretrained(tmp_path)
         expected = load_file(case.folder / "model.safetensors")
-        saved = load_file(out / "model.safetensors")
+        saved = load_file(tmp_path / "model.safetensors")
         assert saved.keys() == expected.keys()
         for name, values in expected.items():
             assert (saved[name].dtype, saved[name].shape) == (values.dtype, values.shape), name
             assert saved[name].tobytes() == values.tobytes(), name
-        assert config_fields(out) == config_fields(case.folder)
+        assert config_fields(tmp_path) == config_fields(case.folder)
 
     def test_what_is_not_built_is_refused(self, refused_name, tmp_path):
         fields, word = self.refused[refused_name]
         (tmp_path / "config.json").write_text(json.dumps(fields))
-        save_file({}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError) as caught:
             CausalLM.open(tmp_path, placement=Placement(mesh=one_device()))
         assert word in str(caught.value)

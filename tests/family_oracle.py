@@ -6,6 +6,7 @@ and neither depends on the code under test. `scripts/make_golden.py` stores the 
 numbers in tests/families/golden/, for tests that run without PyTorch.
 """
 
+import copy
 import dataclasses
 import json
 import zlib
@@ -36,7 +37,7 @@ class Golden:
         fields: the config fields that it was made with.
         seed: of the weights.
         shapes: each tensor's shape, by its name on disk; all are float32.
-        numbers: "logits" [14, V] of both examples, "tokens" [3, 12] that follow the prompts,
+        numbers: "logits" [14, V] of both examples, "tokens" [3, 12] after the prompts,
             the summed "loss", and "probes" [tensors, 3] of the gradients, sorted by name.
     """
 
@@ -44,6 +45,11 @@ class Golden:
     seed: int
     shapes: Shapes
     numbers: dict[str, np.ndarray]
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights that the numbers were computed with."""
+        return draw_weights(self.shapes, self.seed)
 
 
 def golden_file(model_type: str) -> Path:
@@ -75,11 +81,13 @@ def write_golden(model_type: str, cases: dict[str, Golden]) -> Path:
 
 
 def config_of(fields: dict[str, Any]) -> Any:
-    """The `transformers` config of a case, whose fields must all be the class's own."""
+    """The `transformers` config of a case, whose fields must be the class's own."""
     known = AutoConfig.for_model(fields["model_type"])
-    unknown = [name for name in fields if not hasattr(known, name)]
+    # Models read head_dim even where the class does not declare it, as Qwen3-MoE's.
+    unknown = [name for name in fields if not hasattr(known, name) and name != "head_dim"]
     assert not unknown, f"{type(known).__name__} has no {unknown}"
-    return AutoConfig.for_model(**fields)
+    # Copied, as some classes complete the rope_parameters that they are given.
+    return AutoConfig.for_model(**copy.deepcopy(fields))
 
 
 def draw_weights(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
@@ -143,7 +151,9 @@ def probe_all(grads: dict[str, np.ndarray]) -> np.ndarray:
 
 def write_folder(folder: Path, fields: dict[str, Any], weights: dict[str, np.ndarray]) -> Path:
     """Writes a `transformers` model folder."""
-    config_of(fields).save_pretrained(folder)
+    config = config_of(fields)
+    config.dtype = "float32"  # as transformers writes it
+    config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -166,12 +176,15 @@ def shapes_on_disk(fields: dict[str, Any], folder: Path) -> Shapes:
 
 
 def torch_model(folder: Path) -> Any:
-    """The model of a folder in PyTorch, with its plainest attention."""
+    """The model of a folder in PyTorch, with its plainest attention that is right."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # for models of this size more only wait for each other
+    # Falcon's eager attention adds the ALiBi biases twice; its default, like the original, once.
+    kind = "sdpa" if getattr(AutoConfig.from_pretrained(folder), "alibi", False) else "eager"
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        folder, attn_implementation=kind, dtype=torch.float32, output_loading_info=True
     )
     wrong = {kind: names for kind, names in info.items() if names}
     assert not wrong, f"transformers does not load {folder} whole: {wrong}"
@@ -193,26 +206,30 @@ def torch_logits(folder: Path) -> np.ndarray:
     return torch.cat(logits).numpy()
 
 
-def torch_greedy(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest tokens [3, 12] after each prompt alone, by full forward passes.
+def torch_greedy(folder: Path, *, over_cache: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens [3, 12] after each prompt alone, and their leads over the second.
 
-    Returns:
-        The tokens, and [3, 12] by how much each was ahead of the second.
+    Args:
+        folder: the model.
+        over_cache: feed each token by itself to a model with a cache, else all so far to one
+            without.
     """
     import torch
 
-    answers, leads = [], []
+    answers, all_leads = [], []
     for prompt in PROMPTS:
-        model, ids, lead = torch_model(folder), list(prompt), []
+        model, ids, leads, cache = torch_model(folder), list(prompt), [], None
         for _ in range(NUM_NEW):
+            inputs = torch.tensor([ids if cache is None else ids[-1:]])
             with torch.no_grad():
-                logits_V = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-            best, second = logits_V.topk(2).values.tolist()
-            ids.append(int(logits_V.argmax()))
-            lead.append(best - second)
+                out = model(inputs, past_key_values=cache, use_cache=over_cache)
+            cache = out.past_key_values if over_cache else None
+            best, second = out.logits[0, -1].topk(2).values.tolist()
+            ids.append(int(out.logits[0, -1].argmax()))
+            leads.append(best - second)
         answers.append(ids[len(prompt) :])
-        leads.append(lead)
-    return np.array(answers, np.int32), np.array(leads)
+        all_leads.append(leads)
+    return np.array(answers, np.int32), np.array(all_leads)
 
 
 def torch_loss_probes(folder: Path, numbered: Path, shapes: Shapes) -> tuple[float, np.ndarray]:

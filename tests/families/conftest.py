@@ -1,24 +1,39 @@
-"""What the families' tests share: a case, made once for all laws."""
+"""What the families' tests share: cases, made once for all laws, and quick compilation."""
 
+import jax
 import pytest
 
 pytest.register_assert_rewrite("family_laws")
 
 
-@pytest.fixture(scope="class")
-def case(request, tmp_path_factory):
-    """The case that a class of `FamilyLaws` is at, in a folder of its own."""
-    return open_case(request.cls, request.param, tmp_path_factory)
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Spares XLA's and LLVM's effort, which for models of this size is most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture(scope="class")
-def first_case(request, tmp_path_factory):
-    """The first case of a class of `FamilyLaws`."""
-    return open_case(request.cls, next(iter(request.cls.cases)), tmp_path_factory)
+@pytest.fixture(scope="session")
+def cases_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cases")
 
 
-def open_case(laws, name, tmp_path_factory):
-    from family_laws import make_case
+def open_case(request, cases_folder):
+    from family_laws import open_case
 
-    fields = laws.cases[name]
-    return make_case(fields["model_type"], name, fields, tmp_path_factory.mktemp("case"))
+    folder = cases_folder / request.cls.__name__ / request.param.replace("/", "-")
+    return open_case(request.cls, request.param, folder)
+
+
+@pytest.fixture
+def case(request, cases_folder):
+    """A case of a class of `FamilyLaws`."""
+    return open_case(request, cases_folder)
+
+
+@pytest.fixture
+def differentiated(request, cases_folder):
+    """A case whose gradients are compared."""
+    return open_case(request, cases_folder)

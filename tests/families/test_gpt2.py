@@ -27,9 +27,11 @@ class TestGPT2(FamilyLaws):
         "gelu, unscaled": FIELDS | dict(activation_function="gelu", scale_attn_weights=False),
         "silu, by layer": FIELDS
         | dict(activation_function="silu", scale_attn_by_inverse_layer_idx=True),
-        "swish, tanh, eps, untied": FIELDS
+        "swish": FIELDS | dict(activation_function="swish"),
+        "tanh, eps, untied": FIELDS
         | dict(activation_function="tanh", layer_norm_epsilon=0.3, tie_word_embeddings=False),
     }
+    num_differentiated = len(cases)
     refused = {
         "cross attention": (FIELDS | dict(add_cross_attention=True), "add_cross_attention"),
         "an activation": (FIELDS | dict(activation_function="mish"), "activation_function"),

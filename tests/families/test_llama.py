@@ -36,9 +36,22 @@ class TestLlama(FamilyLaws):
             original_max_position_embeddings=16,
         ),
         "linear": FIELDS | rope("linear", factor=4.0),
+        "partial, which it does not read": FIELDS | rope("default", partial_rotary_factor=0.5),
         # The longer example is longer than 8 tokens, the shorter is not.
         "dynamic": FIELDS | dict(max_position_embeddings=8) | rope("dynamic", factor=4.0),
         "yarn": FIELDS | rope("yarn", factor=4.0, original_max_position_embeddings=16),
+        "yarn, its options": FIELDS
+        | rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            beta_fast=2.0,
+            beta_slow=0.1,
+            mscale=3.0,
+            mscale_all_dim=1.0,
+            truncate=False,
+        ),
+        # Its longer example is longer than 8 tokens, too.
         "longrope": FIELDS
         | rope(
             "longrope",
@@ -49,6 +62,10 @@ class TestLlama(FamilyLaws):
         ),
     }
     refused = {
+        "partial rotary positions, scaled": (
+            FIELDS | rope("linear", factor=4.0, partial_rotary_factor=0.5),
+            "partial_rotary_factor",
+        ),
         "an unknown rope": (FIELDS | rope("spiral", factor=2.0), "spiral"),
         "an activation": (FIELDS | dict(hidden_act="mish"), "hidden_act"),
     }

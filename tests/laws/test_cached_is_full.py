@@ -2,9 +2,9 @@
 
 import functools
 
+import family_oracle as oracle
 import numpy as np
 import pytest
-from gpt2_oracle import torch_model, write_folder
 from tiny_models import one_device, tiny_gpt2
 
 from jax_sft.model.causal_lm import CausalLM, Placement
@@ -86,9 +86,10 @@ def test_top_k_of_1_is_greedy():
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_tokens_are_those_of_transformers(penalty, tmp_path):
     torch = pytest.importorskip("torch")
-    folder = write_folder(tmp_path, "plain")
+    golden = oracle.read_golden("gpt2")["plain"]
+    folder = oracle.write_folder(tmp_path, golden.fields, golden.weights)
     lm = CausalLM.from_pretrained(folder, placement=Placement(mesh=one_device()))
-    theirs = torch_model(folder)
+    theirs = oracle.torch_model(folder)
     rows = [[5, 11, 0, 7, 7], [33], [2, 19, 40]]
     sampling = Sampling(max_new_tokens=NUM_NEW, do_sample=False, repetition_penalty=penalty)
     for prompt, answer in zip(rows, generate(rows, sampling, lm=lm), strict=True):
