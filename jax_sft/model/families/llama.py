@@ -6,6 +6,7 @@ takes what is here and replaces that.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jax_sft.model.families import options, rows
@@ -17,12 +18,18 @@ DROPOUT_FIELDS = (None, "attention_dropout", None)
 BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
-def decoder_config(config: Any) -> DecoderConfig:
+def decoder_config(config: Any, layers: Sequence[Layer] | None = None) -> DecoderConfig:
     """Builds the decoder's config from a `transformers.LlamaConfig`, or one with its fields.
+
+    Args:
+        config: the config.
+        layers: a family's own; None for Llama's, which are all alike.
 
     Raises:
         ValueError: an option that is not built.
     """
+    if layers is None:
+        layers = (Layer(rotary=rotary(config)),) * config.num_hidden_layers
     attention_bias = getattr(config, "attention_bias", False)
     return DecoderConfig(
         width=config.hidden_size,
@@ -32,7 +39,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         mlp_width=config.intermediate_size,
         vocab_size=config.vocab_size,
         num_positions=num_positions(config),
-        layers=(Layer(rotary=rotary(config)),) * config.num_hidden_layers,
+        layers=tuple(layers),
         norm=Norm("rms", config.rms_norm_eps),
         activation=options.activation(config, "hidden_act"),
         tied_head=config.tie_word_embeddings,
@@ -47,10 +54,10 @@ def decoder_config(config: Any) -> DecoderConfig:
     )
 
 
-def without_biases(config: Any) -> DecoderConfig:
+def without_biases(config: Any, layers: Sequence[Layer]) -> DecoderConfig:
     """Builds the same for a family that has no biases, whatever fields its config carries."""
     return dataclasses.replace(
-        decoder_config(config), qkv_bias=False, out_bias=False, mlp_bias=False
+        decoder_config(config, layers), qkv_bias=False, out_bias=False, mlp_bias=False
     )
 
 
@@ -60,21 +67,22 @@ def head_width(config: Any) -> int:
     return stated or options.head_width(config, "hidden_size", "num_attention_heads")
 
 
-def rotary(config: Any, *, partial: bool = False) -> Rotary:
-    """Returns the rotary positions of a config that has the same for all layers.
+def rotary(config: Any) -> Rotary:
+    """Returns the rotary positions of a config whose layers and whole heads are turned alike.
 
-    Args:
-        config: the config.
-        partial: whether the family reads `partial_rotary_factor`; Llama itself does so only
-            where the positions are scaled.
+    Raises:
+        ValueError: an option that is not built.
     """
     parameters = config.rope_parameters
-    scaled = parameters.get("rope_type", "default") != "default"
-    share = parameters.get("partial_rotary_factor", 1.0) if partial or scaled else 1.0
+    share = parameters.get("partial_rotary_factor", 1.0)
+    # Without scaling, `transformers` does not read it here.
+    if parameters.get("rope_type", "default") != "default" and share != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor={share} with rope_type={parameters['rope_type']!r} is not"
+            " built for this model_type: only 1.0 is"
+        )
     return read_rotary(
-        parameters,
-        width=int(head_width(config) * share),
-        num_positions=config.max_position_embeddings,
+        parameters, width=head_width(config), num_positions=config.max_position_embeddings
     )
 
 

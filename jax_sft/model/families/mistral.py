@@ -4,7 +4,6 @@ Jiang et al. (2023), "Mistral 7B", section 2; the options are those of
 `transformers.MistralConfig`.
 """
 
-import dataclasses
 from typing import Any
 
 from jax_sft.model.families import llama
@@ -18,9 +17,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         ValueError: an option that is not built.
     """
     layer = Layer(window=config.sliding_window, rotary=llama.rotary(config))
-    return dataclasses.replace(
-        llama.without_biases(config), layers=(layer,) * config.num_hidden_layers
-    )
+    return llama.without_biases(config, (layer,) * config.num_hidden_layers)
 
 
 FAMILY = Family(

@@ -23,8 +23,7 @@ def decoder_config(config: Any) -> DecoderConfig:
     """
     layer = Layer(window=config.sliding_window, rotary=llama.rotary(config), sparse=True)
     return dataclasses.replace(
-        llama.without_biases(config),
-        layers=(layer,) * config.num_hidden_layers,
+        llama.without_biases(config, (layer,) * config.num_hidden_layers),
         experts=Experts(
             num_experts=config.num_local_experts,
             num_chosen=config.num_experts_per_tok,

@@ -8,6 +8,8 @@ import dataclasses
 from typing import Any
 
 from jax_sft.model.families import llama, rows
+from jax_sft.model.families.options import turned_width
+from jax_sft.model.families.rotary_options import read_rotary
 from jax_sft.model.types import DecoderConfig, Family, Layer, Tensor
 
 
@@ -17,10 +19,14 @@ def decoder_config(config: Any) -> DecoderConfig:
     Raises:
         ValueError: an option that is not built.
     """
-    layer = Layer(window=config.sliding_window, rotary=llama.rotary(config, partial=True))
+    rotary = read_rotary(
+        config.rope_parameters,
+        width=turned_width(config, llama.head_width(config)),
+        num_positions=config.max_position_embeddings,
+    )
+    layer = Layer(window=config.sliding_window, rotary=rotary)
     return dataclasses.replace(
-        llama.without_biases(config),
-        layers=(layer,) * config.num_hidden_layers,
+        llama.without_biases(config, (layer,) * config.num_hidden_layers),
         residual_dropout=config.resid_pdrop,
     )
 

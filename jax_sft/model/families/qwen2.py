@@ -22,11 +22,8 @@ def decoder_config(config: Any) -> DecoderConfig:
         ValueError: an option that is not built.
     """
     rotary = llama.rotary(config)
-    return dataclasses.replace(
-        llama.without_biases(config),
-        layers=tuple(Layer(window=window, rotary=rotary) for window in layer_windows(config)),
-        qkv_bias=True,
-    )
+    layers = [Layer(window=window, rotary=rotary) for window in layer_windows(config)]
+    return dataclasses.replace(llama.without_biases(config, layers), qkv_bias=True)
 
 
 FAMILY = Family(

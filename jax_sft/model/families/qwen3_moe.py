@@ -26,6 +26,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         ValueError: an option that is not built.
     """
     rotary, sparse = llama.rotary(config), sparse_layers(config)
+    layers = [Layer(config.sliding_window, rotary, is_sparse) for is_sparse in sparse]
     experts = Experts(
         num_experts=config.num_experts,
         num_chosen=config.num_experts_per_tok,
@@ -33,8 +34,7 @@ def decoder_config(config: Any) -> DecoderConfig:
         renormalise=config.norm_topk_prob,
     )
     return dataclasses.replace(
-        llama.decoder_config(config),
-        layers=tuple(Layer(config.sliding_window, rotary, is_sparse) for is_sparse in sparse),
+        llama.decoder_config(config, layers),
         mlp_bias=False,
         qk_norm=QKNorm(Norm("rms", config.rms_norm_eps), over="head"),
         experts=experts if any(sparse) else None,

@@ -4,7 +4,6 @@ Yang et al. (2025), "RoPE to NoPE and Back Again", is where it takes that from; 
 those of `transformers.SmolLM3Config`.
 """
 
-import dataclasses
 from typing import Any
 
 from jax_sft.model.families import llama
@@ -24,13 +23,11 @@ def decoder_config(config: Any) -> DecoderConfig:
     # Despite its name, `no_rope_layers` is 1 where a layer has rotary positions; it may be longer
     # than the model.
     turned = config.no_rope_layers[: config.num_hidden_layers]
-    return dataclasses.replace(
-        llama.decoder_config(config),
-        layers=tuple(
-            Layer(window=window, rotary=rotary if is_turned else None)
-            for window, is_turned in zip(layer_windows(config), turned, strict=True)
-        ),
-    )
+    layers = [
+        Layer(window=window, rotary=rotary if is_turned else None)
+        for window, is_turned in zip(layer_windows(config), turned, strict=True)
+    ]
+    return llama.decoder_config(config, layers)
 
 
 FAMILY = Family(
