@@ -1,6 +1,9 @@
 """Law 6 and its neighbours for Falcon: see `family_laws`."""
 
-from family_laws import FamilyLaws
+import family_oracle as oracle
+import numpy as np
+import pytest
+from family_laws import FamilyLaws, assert_close_logits, open_model
 
 FIELDS = dict(
     model_type="falcon",
@@ -40,6 +43,7 @@ class TestFalcon(FamilyLaws):
         "new, one norm, biases, rope linear": NEW
         | dict(
             num_ln_in_parallel_attn=1,
+            multi_query=False,
             bias=True,
             rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
         ),
@@ -67,3 +71,16 @@ class TestFalcon(FamilyLaws):
         ),
         "activation": (FIELDS | dict(activation="mish"), "activation"),
     }
+
+
+def test_alibi_where_bfloat16_skips_positions(tmp_path):
+    """It holds no odd number beyond 256."""
+    torch = pytest.importorskip("torch")
+    fields = TestFalcon.cases["old, consecutive, twelve heads, alibi, biases, untied"]
+    fields = fields | dict(max_position_embeddings=320)
+    shapes = oracle.shapes_on_disk(fields, tmp_path / "theirs")
+    folder = oracle.write_folder(tmp_path, fields, oracle.draw_weights(shapes, seed=0))
+    ids_BT = np.arange(320)[None] % fields["vocab_size"]
+    with torch.no_grad():
+        expected_BTV = oracle.torch_model(folder)(torch.tensor(ids_BT)).logits.numpy()
+    assert_close_logits(np.asarray(open_model(folder)(ids_BT)), expected_BTV)

@@ -26,7 +26,8 @@ def decoder_config(config: Any) -> DecoderConfig:
     Raises:
         ValueError: an option that is not built.
     """
-    if config.slow_but_exact and config.pretraining_tp > 1:
+    in_slices, num_slices = config.slow_but_exact, config.pretraining_tp
+    if in_slices and num_slices > 1:
         raise ValueError(
             "slow_but_exact=True with pretraining_tp > 1 is not built, as it leaves out biases:"
             " set slow_but_exact=False"

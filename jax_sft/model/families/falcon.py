@@ -53,6 +53,7 @@ def decoder_config(config: Any) -> DecoderConfig:
 
 def _num_kv_heads(config: Any) -> int:
     heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+    has_one = config.multi_query
     if config.new_decoder_architecture:
         if heads % kv_heads:
             raise ValueError(
@@ -60,7 +61,7 @@ def _num_kv_heads(config: Any) -> int:
                 " multiple"
             )
         return kv_heads
-    if config.multi_query:
+    if has_one:
         return 1
     require(config, num_kv_heads=heads)
     return heads

@@ -85,6 +85,6 @@ FAMILY = Family(
     prefix="transformer.",
     dropout_fields=("embed_dropout", "attention_dropout", "resid_dropout"),
     buffers=(r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)",),
-    # The windows are read from what the config makes of the first.
-    harmless=("attention_types", "classifier_dropout"),
+    # The windows are read from what the config makes of it.
+    harmless=("attention_types",),
 )

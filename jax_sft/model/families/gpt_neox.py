@@ -82,5 +82,5 @@ FAMILY = Family(
     prefix="gpt_neox.",
     dropout_fields=("hidden_dropout", "attention_dropout", "hidden_dropout"),
     buffers=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
-    harmless=("classifier_dropout", "is_decoder"),
+    harmless=("is_decoder",),
 )
