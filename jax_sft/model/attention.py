@@ -139,7 +139,11 @@ def _attend_chunk(
 
 def _alibi_bias(alibi: Alibi, positions_BS: jax.Array) -> jax.Array:
     """Returns bias_BHS; by the key's position alone, since softmax ignores what all keys share."""
-    dtype = jnp.bfloat16 if alibi.bfloat16 else jnp.float32
-    slopes_H = jnp.array(alibi.slopes, dtype)
-    bias_BHS = slopes_H[None, :, None] * positions_BS[:, None, :].astype(dtype)
-    return alibi.factor * bias_BHS.astype(jnp.float32)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        # A cast to bfloat16 and back may be optimised away; this may not.
+        return jax.lax.reduce_precision(x, 8, 7) if alibi.bfloat16 else x
+
+    slopes_H = rounded(jnp.array(alibi.slopes, jnp.float32))
+    positions_BS = rounded(positions_BS.astype(jnp.float32))
+    return alibi.factor * rounded(slopes_H[None, :, None] * positions_BS[:, None, :])
