@@ -71,6 +71,7 @@ FAMILIES = {
 # Fields that many configs have and that change no logits: of generation, heads for other
 # tasks, storage.
 _HARMLESS_EVERYWHERE = {
+    "_name_or_path",
     "architectures",
     "attn_implementation",
     "auto_map",
@@ -176,7 +177,7 @@ def _check_unread(config: Any, known: set[str]) -> None:
         ) from None
     for field in sorted(defaults.keys() - known - _HARMLESS_EVERYWHERE):
         value, default = fields.get(field, defaults[field]), defaults[field]
-        if value != default and not field.startswith("_"):
+        if value != default:
             raise ValueError(
                 f"config field {field}={value!r} is not built for {config.model_type}: only its"
                 f" default {default!r} is"

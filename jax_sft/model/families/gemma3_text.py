@@ -61,4 +61,5 @@ FAMILY = Family(
     prefix="model.",
     dropout_fields=llama.DROPOUT_FIELDS,
     buffers=llama.BUFFERS,
+    harmless=("_sliding_window_pattern",),  # the config's class has made `layer_types` of it
 )
