@@ -44,6 +44,17 @@ def test_positions_and_segments_have_defaults():
     assert (packed[0, 2] != got[0, 2]).any()
 
 
+def test_dtypes_may_be_given_by_name(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    model = CausalLM.from_pretrained(tmp_path, placement=ONE, param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+    assert model.decoder.numerics.dtype == jnp.float32
+    model = CausalLM.from_pretrained(tmp_path, placement=ONE, dtype="bfloat16")
+    assert model.decoder.numerics.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="'float8' is unknown: choose auto, float32, bfloat16"):
+        CausalLM.from_pretrained(tmp_path, placement=ONE, dtype="float8")
+
+
 def test_what_the_model_has_no_row_for_is_refused():
     model = tiny_gpt2()
     num_positions = model.decoder.config.num_positions
@@ -115,7 +126,10 @@ def test_without_a_tokenizer_there_is_no_text():
         (FIELDS | dict(n_layers=2), "model.config.n_layers is no field of GPT2Config"),
         (FIELDS | dict(n_head=5), "n_embd=32 does not divide by n_head=5"),
         (FIELDS | dict(activation_function="mish"), "activation_function='mish' is not built"),
-        (FIELDS | dict(add_cross_attention=True), "add_cross_attention=True is not built: only False is"),
+        (
+            FIELDS | dict(add_cross_attention=True),
+            "add_cross_attention=True is not built: only False is",
+        ),
     ],
 )
 def test_bad_fields_are_named(fields, message):

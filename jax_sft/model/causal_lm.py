@@ -58,6 +58,9 @@ class Placement:
         """Returns the dtypes that the names stand for on this platform."""
         auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         choose_backend(self.attention)
+        for name in (self.dtype, self.param_dtype):
+            if name not in ("auto", *DTYPES):
+                raise ValueError(f"dtype {name!r} is unknown: choose auto, {', '.join(DTYPES)}")
         return Numerics(
             dtype=DTYPES[auto if self.dtype == "auto" else self.dtype],
             param_dtype=DTYPES["float32" if self.param_dtype == "auto" else self.param_dtype],
@@ -138,6 +141,8 @@ class CausalLM:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         placement: Placement | None = None,
+        dtype: str | None = None,
+        param_dtype: str | None = None,
     ) -> "CausalLM":
         """Loads a `transformers` model: config, weights (safetensors), tokenizer.
 
@@ -146,6 +151,9 @@ class CausalLM:
                 adapter, which says itself what its base model is.
             tokenizer: None loads the one beside the model, if there is one.
             placement: mesh and dtypes; None for all devices and the automatic dtypes.
+            dtype: of activations and products, in the place of the placement's: "float32" or
+                "bfloat16".
+            param_dtype: of the parameters, likewise.
 
         Returns:
             The model, its parameters on the mesh.
@@ -153,6 +161,9 @@ class CausalLM:
         Raises:
             ValueError: the folder, a tensor or an option is missing or not as expected.
         """
+        asked = {"dtype": dtype, "param_dtype": param_dtype}
+        changes = {name: value for name, value in asked.items() if value is not None}
+        placement = dataclasses.replace(placement or Placement(), **changes)
         model = cls.open(path, tokenizer=tokenizer, placement=placement)
         model.load()
         return model

@@ -135,6 +135,29 @@ def test_a_run_that_raised_goes_on(straight, tmp_path, monkeypatch, step):
     assert_same_run(tmp_path / "run", straight)
 
 
+def test_adapters_go_on_too(tmp_path, monkeypatch):
+    peft_config = dict(r=2, lora_dropout=0.2, use_dora=True, target_modules="all-linear")
+
+    def train(run_dir):
+        adapted = config(run_dir, resume_from_checkpoint="auto")
+        adapted = adapted.evolve(model=dict(peft_config=peft_config))
+        return jax_sft.train(samples=SAMPLES, eval_prompts=[], config=adapted)
+
+    trainer = train(tmp_path / "straight")
+    assert trainer.model.params["layers"]["mlp"]["up"]["lora_b"].any(), "nothing was trained"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_step(patch, 5)
+        train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert_same_state(tmp_path / "run", tmp_path / "straight")
+    files = [
+        (tmp_path / name / "hf_model" / path).read_bytes()
+        for path in ("model.safetensors", "adapter/adapter_model.safetensors")
+        for name in ("run", "straight")
+    ]
+    assert files[0] == files[1] and files[2] == files[3]
+
+
 def test_sigterm_saves_and_exits_so_that_a_supervisor_starts_it_again(straight, tmp_path, capsys):
     num_calls = 0
 
