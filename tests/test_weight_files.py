@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from jax_sft.model import weight_files
-from jax_sft.model.weight_files import StoredTensor, TensorSpec, WeightFiles
+from jax_sft.model.weight_files import (
+    StoredTensor,
+    TensorSpec,
+    WeightFiles,
+    as_bytes,
+    contiguous,
+)
 
 
 @st.composite
@@ -109,3 +116,14 @@ def test_the_format_is_that_of_the_writer(tmp_path):
     )
     with pytest.raises(ValueError, match="no whole safetensors"):
         WeightFiles(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(150,), (3, 200), (200, 3), (70, 2, 130)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_turned_tensors_are_copied_to_the_order_of_the_file(shape, dtype):
+    values = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    assert contiguous(values) is values
+    turned = contiguous(values.T)
+    assert turned.flags.c_contiguous
+    np.testing.assert_array_equal(turned, values.T, strict=True)
+    assert as_bytes(values.T).tobytes() == values.T.tobytes()

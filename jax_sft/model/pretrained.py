@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jax_sft.model.flax_files import open_weights
 from jax_sft.model.name_table import BlockReader, Kind, find_kinds, find_names
 from jax_sft.model.types import DecoderConfig, Family
-from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, write_weights
+from jax_sft.model.weight_files import FLOATS, TensorSpec, WeightFiles, as_bytes, write_weights
 
 STAGING_BYTES = 2 << 30
 MAX_SHARD_BYTES = 5 * 10**9
@@ -113,7 +113,8 @@ def load_params(
         like: tree of `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes, a
             padded vocabulary ends in rows of zeros, and the layers may stand in the two
             stacks "frozen_layers" and "layers".
-        staging_bytes: most bytes on the host beyond the parameters themselves.
+        staging_bytes: most bytes on the host beyond the parameters that live on its devices;
+            programs and what the allocator keeps come to some 100 MiB more.
 
     Returns:
         The parameters, and the checkpoint's dtype of each tensor by its `transformers` name.
@@ -227,7 +228,8 @@ def _reads_back(files: WeightFiles, name: str, expected: np.ndarray) -> bool:
     step = max(1, _GATHER_BYTES // (math.prod(expected.shape[1:]) * expected.itemsize))
     for first in range(0, len(expected), step):
         rows = slice(first, min(first + step, len(expected)))
-        if files.read(name, (rows, *columns)).tobytes() != expected[rows].tobytes():
+        written = files.read(name, (rows, *columns))
+        if not np.array_equal(as_bytes(written), as_bytes(expected[rows])):
             return False
     return True
 
