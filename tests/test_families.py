@@ -121,6 +121,13 @@ class TestFieldsThatAFamilyDoesNotRead:
         assert read_config(by_old_names) == read_config(by_new_names)
         assert read_config(by_old_names).width == 32
 
+    def test_a_family_may_read_a_field_by_another_name(self):
+        class Later(LlamaConfig):
+            attribute_map = {"hidden_size": "later_size"}
+            later_size: int = 4096
+
+        assert read_config(Later(later_size=64)).width == 64
+
     def test_what_the_class_has_no_field_for_is_ignored(self):
         plain, extra = LlamaConfig(**TINY), LlamaConfig(**TINY, use_logn_attn=True, unsloth="2025")
         assert extra.use_logn_attn

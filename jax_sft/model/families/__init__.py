@@ -1,6 +1,5 @@
 """One file a family: its `transformers` config to ours, and its tensor names to ours."""
 
-import copy
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -168,7 +167,7 @@ def _check_unread(config: Any, known: set[str]) -> None:
     known = {config.attribute_map.get(field, field) for field in known} - {"model_type"}
     stated = {field: value for field, value in fields.items() if field in known}
     try:
-        defaults = type(config)(**copy.deepcopy(stated)).to_dict()
+        defaults = type(config)(**stated).to_dict()
     except (TypeError, ValueError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(
