@@ -27,7 +27,8 @@ class TestGPT2(FamilyLaws):
         "gelu, unscaled": FIELDS | dict(activation_function="gelu", scale_attn_weights=False),
         "silu, by layer": FIELDS
         | dict(activation_function="silu", scale_attn_by_inverse_layer_idx=True),
-        "swish": FIELDS | dict(activation_function="swish"),
+        "swish, by layer": FIELDS
+        | dict(activation_function="swish", scale_attn_by_inverse_layer_idx=True),
         "tanh, eps, untied": FIELDS
         | dict(activation_function="tanh", layer_norm_epsilon=0.3, tie_word_embeddings=False),
     }
