@@ -19,7 +19,7 @@ class TestGemma(FamilyLaws):
     cases = {
         # Gemma 2B's shape: one key/value head for all, heads wider than the width over them.
         "plain": FIELDS,
-        "untied, biases, exact eps": FIELDS
+        "untied, biases, large eps": FIELDS
         | dict(
             num_key_value_heads=4,
             head_dim=8,
