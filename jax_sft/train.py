@@ -24,7 +24,7 @@ from jax_sft.data.report import data_report
 from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
 from jax_sft.inputs import Inputs, find_tokenizer, load_inputs
 from jax_sft.interrupt import STOPPED, sigterm_asks_to_stop
-from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.causal_lm import ADAPTER, CausalLM
 from jax_sft.model_card import write_model_card
 from jax_sft.profiling import profiled
 from jax_sft.progress import Progress
@@ -432,6 +432,8 @@ class SFTTrainer:
         self.save_pretrained(self.run_dir / FINAL)
         folder = shown(self.run_dir)
         say("saved", f"{folder / FINAL} (weights, tokenizer, model card; transformers loads it)")
+        if self.model.adapters is not None:
+            say("saved", f"{folder / FINAL / ADAPTER} (the adapters alone, for peft)")
         if self._best is not None:
             say("saved", f"{folder / BEST} (the best by {self.config.train.best_metric})")
         say("saved", f"{folder / METRICS}, {folder / CHECKPOINTS} (to resume)")

@@ -30,6 +30,7 @@ from jax_sft.model.families import find_family, read_config
 from jax_sft.model.layers import Numerics
 
 DROPOUT_RATES = ("embed_dropout", "attention_dropout", "residual_dropout")
+ADAPTER = "adapter"  # the folder of the adapters, in that of the model they are merged into
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -477,7 +478,7 @@ class CausalLM:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
         if self.adapters is not None:
-            self.save_adapter(Path(folder) / "adapter")
+            self.save_adapter(Path(folder) / ADAPTER)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Writes the adapters as a folder that `peft` loads, with the tokenizer.
