@@ -185,7 +185,11 @@ def make_eval_batches(config: SFTConfig, examples: Examples) -> Batches:
 
 
 def trained_params(config: SFTConfig, model: CausalLM) -> dict:
-    """Returns a tree of bools like the params: which of them are trained."""
+    """Returns a tree of bools like the params: which of them are trained.
+
+    Raises:
+        ValueError: none of them is.
+    """
 
     def name(path: tuple) -> str:
         return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -196,6 +200,11 @@ def trained_params(config: SFTConfig, model: CausalLM) -> dict:
         trained = {name: is_adapter(name) for name in names}
     else:
         trained = trained_mask(names, config.model.num_layers_unfrozen)
+    if not any(trained.values()):
+        raise ValueError(
+            f"model.num_layers_unfrozen={config.model.num_layers_unfrozen} trains the final norm "
+            f"alone, but this {model.config.model_type} has none with weights: unfreeze a layer"
+        )
     return jax.tree_util.tree_map_with_path(lambda path, _: trained[name(path)], structs)
 
 

@@ -137,6 +137,17 @@ def test_bad_fields_are_named(fields, message):
         CausalLM.open(None, fields=fields, placement=ONE)
 
 
+def test_a_field_that_its_class_refuses_is_one_line(tmp_path):
+    refused = dict(model_type="llama", hidden_size=33, num_attention_heads=4)
+    with pytest.raises(ValueError, match="hidden size .33. is not a multiple") as error:
+        CausalLM.open(None, fields=refused, placement=ONE)
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(refused))
+    with pytest.raises(ValueError, match="config.json cannot be read .*33. is not a mult") as error:
+        CausalLM.open(tmp_path, placement=ONE)
+    assert "\n" not in str(error.value)
+
+
 def test_more_unfrozen_layers_than_there_are():
     with pytest.raises(ValueError, match="num_layers_unfrozen=3, but the model has 2 layers"):
         tiny_gpt2(placement={"num_layers_unfrozen": 3})

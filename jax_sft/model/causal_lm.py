@@ -5,12 +5,13 @@ folder or hub name, call it for logits, generate text, save it back. Parameters 
 from the first byte; training takes them from here and gives them back here to be saved.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Mesh
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
@@ -542,7 +544,8 @@ def _new_config(fields: dict[str, Any]) -> Any:
             f"model.config.model_type {model_type!r} is unknown to transformers: see its list"
         ) from None
     _check_fields(kind(), fields)
-    return kind(**{name: value for name, value in fields.items() if name != "model_type"})
+    with _one_line_of_a_bad_field():
+        return kind(**{name: value for name, value in fields.items() if name != "model_type"})
 
 
 def _override(config: Any, fields: dict[str, Any]) -> None:
@@ -552,8 +555,17 @@ def _override(config: Any, fields: dict[str, Any]) -> None:
             f"model.config.model_type is {fields['model_type']!r}, but the model in model_path "
             f"is {config.model_type!r}: leave it out, or set model.init='random'"
         )
-    for name, value in fields.items():
-        setattr(config, name, value)
+    with _one_line_of_a_bad_field():
+        for name, value in fields.items():
+            setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _one_line_of_a_bad_field() -> Iterator[None]:
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
 
 
 def _check_fields(config: Any, fields: dict[str, Any]) -> None:

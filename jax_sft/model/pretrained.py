@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -88,8 +89,8 @@ def read_config(path: str | Path) -> Any:
                 " the folder (auto_map), which is never run"
             )
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"{folder / 'config.json'} cannot be read ({reason}); pass a folder that"
             " transformers' save_pretrained wrote"
