@@ -292,10 +292,16 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
     assert "\n" not in message
 
 
-def test_long_lists_are_cut(tmp_path):
-    tensors = {"transformer.wte.weight": make_tensors()["transformer.wte.weight"]}
-    with pytest.raises(ValueError, match=f"{3 + 12 * L} missing: .* and {3 + 12 * L - 8} more"):
-        load(write_folder(tmp_path, tensors))
+def test_all_names_are_listed_up_to_two_hundred(tmp_path):
+    tensors = make_tensors()
+    kept = "transformer.wte.weight"
+    write_folder(tmp_path, {kept: tensors[kept]})
+    with pytest.raises(ValueError, match=f"{3 + 12 * L} missing: ") as caught:
+        load(tmp_path)
+    assert [name for name in tensors if name not in str(caught.value)] == [kept]
+    write_folder(tmp_path, tensors | {f"extra.{i}": np.zeros(1, np.float32) for i in range(250)})
+    with pytest.raises(ValueError, match="250 unknown: extra.0, .* and 50 more"):
+        load(tmp_path)
 
 
 def truncate(path):

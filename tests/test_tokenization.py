@@ -1,5 +1,7 @@
 """Which tokens are trained, in what order ids stand, and the way back to text."""
 
+import json
+
 import numpy as np
 import pytest
 from small_tokenizers import (
@@ -305,3 +307,12 @@ def test_a_missing_tokenizer_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="truncation_side is 'up'"):
         load_tokenizer(BYTE_TOKENIZER, truncation_side="up")
+
+
+def test_code_beside_a_tokenizer_is_neither_run_nor_asked_for(tmp_path, monkeypatch):
+    fields = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    (tmp_path / "own.py").write_text("raise RuntimeError('run')")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(ValueError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)

@@ -46,7 +46,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer  # takes seconds to import; most modules need none
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

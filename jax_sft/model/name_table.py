@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from jax_sft.model.types import DecoderConfig, Family, Tensor
-from jax_sft.model.weight_files import FLOATS, WeightFiles
+from jax_sft.model.weight_files import FLOATS, WeightFiles, contiguous
 
-_MAX_LISTED = 8
+_MAX_LISTED = 200
 _COMPARED_ROWS = 4096
 _STACK = re.compile(r"(?P<frozen>frozen_)?layers(_(?P<first>\d+))?/")
 
@@ -195,7 +195,7 @@ class BlockReader:
 
     def _read(self, theirs: str, ranges: tuple[slice, ...]) -> np.ndarray:
         if self.kind.tensor.transpose:
-            return self.files.read(self.names[theirs], ranges[::-1]).T
+            return contiguous(self.files.read(self.names[theirs], ranges[::-1]).T)
         return self.files.read(self.names[theirs], ranges)
 
     def _their_columns(self, ours: slice) -> list[slice]:
