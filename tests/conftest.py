@@ -20,6 +20,17 @@ os.environ.setdefault("NPROC", "32")
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """Spares XLA's and LLVM's effort, which for small models is most of the time."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def no_leaked_tracers():
     """Makes a leaked tracer an error; jax then compiles slowly, so tests ask for it."""

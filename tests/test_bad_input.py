@@ -16,6 +16,8 @@ import jax_sft
 import jax_sft.train
 from jax_sft.config import BYTE_TOKENIZER
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TRAIN = sys.modules["jax_sft.train"]  # the face has the function under this name
 
 

@@ -11,6 +11,8 @@ from tiny_models import draw_params, one_device
 from jax_sft.model.causal_lm import CausalLM, Placement
 from jax_sft.model.experts import ExpertsLayer, balance
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 FIELDS = dict(
     model_type="mixtral",
     num_hidden_layers=1,

@@ -1,6 +1,7 @@
 """LoRA: PEFT's own layers, files and numbers, in both directions; and what is refused."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from jax_sft.config import default_sft_config
 from jax_sft.model import lora
 from jax_sft.model.causal_lm import CausalLM, Placement
 from jax_sft.recipe import make_update, num_trained, open_model, trained_params
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=41)
 LLAMA = dict(SMALL, model_type="llama", intermediate_size=48, num_key_value_heads=2)
@@ -218,6 +221,8 @@ def test_joined_is_what_was_split():
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
         (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' must be True or 'gaussian'"),
         (dict(rank=4), "rank=4 is not built: choose among"),
+        (dict(target_modules="(q_proj"), "target_modules='.q_proj' must be a list of module names"),
+        (dict(target_modules=7), "target_modules=7 must be a list of module names"),
         (dict(lora_dropout=1.0), r"lora_dropout=1.0 must be in \[0, 1\)"),
     ],
     ids=str,
@@ -241,14 +246,22 @@ def test_what_is_not_built_is_named(fields, message):
         (lambda folder: drop_one(folder), "1 missing: base_model.model.*lora_A"),
     ],
 )
-def test_a_damaged_adapter_is_refused(damage, message, tmp_path):
-    model = open_lora(LLAMA, {})
-    model.base_model = str(tmp_path / "base")
-    model.save_pretrained(tmp_path / "base")
-    model.save_adapter(tmp_path / "adapter")
+def test_a_damaged_adapter_is_refused(damage, message, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "adapter")
     damage(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         CausalLM.from_pretrained(tmp_path / "adapter", placement=placed())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An adapter's folder, with its base model's beside it."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = open_lora(LLAMA, {})
+    model.base_model = str(folder / "base")
+    model.save_pretrained(folder / "base")
+    model.save_adapter(folder / "adapter")
+    return folder / "adapter"
 
 
 def edit(folder, **fields):

@@ -42,6 +42,7 @@ _HARMLESS = {
     "qalora_group_size",
     "revision",
 }
+_NAMES = "a list of module names, a regular expression, or 'all-linear'"
 _FIXED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
 # Linear layers, in the order in which a block calls them.
 _LINEARS = (
@@ -113,6 +114,8 @@ def check_peft_config(fields: Mapping[str, Any]) -> None:
         "lora_alpha": (_is_number(values["lora_alpha"]), "a number"),
         "lora_dropout": (_is_number(dropout) and 0 <= dropout < 1, "in [0, 1)"),
         "init_lora_weights": (init in (True, "gaussian"), "True or 'gaussian'"),
+        "target_modules": (_are_names(values["target_modules"]), _NAMES),
+        "exclude_modules": (_are_names(values["exclude_modules"]), _NAMES),
     }
     for name, (good, expected) in checks.items():
         if not good:
@@ -258,6 +261,18 @@ def _is_target(
             "is not built: name the module for all layers"
         )
     return bool(found)
+
+
+def _are_names(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error:
+            return False
+        return True
+    return value is None or (
+        isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -1,18 +1,13 @@
 """What the families' tests share: cases, made once for all laws, and quick compilation."""
 
-import jax
 import pytest
 
 pytest.register_assert_rewrite("family_laws")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Spares XLA's and LLVM's effort, which for models of this size is most of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def compile_families_quickly(compile_quickly):
+    """Most of their time is compilation."""
 
 
 @pytest.fixture(scope="session")

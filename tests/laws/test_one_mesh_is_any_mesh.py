@@ -41,7 +41,6 @@ EXPERTS = dict(
     norm_topk_prob=True,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=8,
     max_position_embeddings=64,
     use_sliding_window=True,
     sliding_window=6,
