@@ -44,7 +44,6 @@ EXPERTS = dict(
     max_position_embeddings=64,
     use_sliding_window=True,
     sliding_window=6,
-    max_window_layers=2,
     vocab_size=VOCAB_SIZE,
 )
 # data, fsdp, sequence, tensor; and the rows of a microbatch, None for the whole batch.
