@@ -32,7 +32,8 @@ STAGING_BYTES = 2 << 30
 MAX_SHARD_BYTES = 5 * 10**9
 _GATHER_BYTES = 64 << 20
 # Weights under the names that transformers gives them, and not what else a hub repository has.
-_HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_FILES = ["*.json", "model*.safetensors", "adapter_model.safetensors"]
+_HUB_FILES += ["*.txt", "*.model", "*.jinja"]
 _HUB_FILES += ["adapter_model.safetensors"]
 _HUB_FLAX_FILES = ["flax_model*.msgpack"]
 

@@ -164,6 +164,8 @@ def _check_unread(config: Any, known: set[str]) -> None:
         ValueError: names a field, its value and its default.
     """
     fields = config.to_dict()
+    # Tokens are stated too, since classes warn of defaults that the vocabulary has not.
+    known = known | {"bos_token_id", "eos_token_id", "pad_token_id"}
     known = {config.attribute_map.get(field, field) for field in known} - {"model_type"}
     stated = {field: value for field, value in fields.items() if field in known}
     try:
