@@ -29,6 +29,9 @@ _MUON_AXES = {
     "mlp/up/kernel": ((-2,), (-1,)),
     "mlp/gate/kernel": ((-2,), (-1,)),
     "mlp/down/kernel": ((-2,), (-1,)),
+    "experts/gate/kernel": ((-2,), (-1,)),
+    "experts/up/kernel": ((-2,), (-1,)),
+    "experts/down/kernel": ((-2,), (-1,)),
 }
 # Gives Muon's updates AdamW's usual size, so that one lr serves both (arXiv 2502.16982, 2.2).
 _MUON_RMS = 0.2
@@ -221,7 +224,7 @@ def _muon(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Muon for the layers' kernels, Adam for the rest."""
+    """Muon for the layers' kernels, Adam for the rest, such as adapters."""
     muon = optax.contrib.scale_by_muon(
         beta=momentum, eps=eps, nesterov=nesterov, weight_dimension_numbers=_muon_axes
     )

@@ -21,7 +21,6 @@ from jax_sft.evaluate import sweep
 from jax_sft.inputs import Inputs
 from jax_sft.model.causal_lm import CausalLM, Placement
 from jax_sft.model.lora import is_adapter
-from jax_sft.model.pretrained import by_path
 from jax_sft.optimizer import make_optimizer, make_schedule, trained_mask
 from jax_sft.sampler import Sampling, check_prompts
 from jax_sft.sharding import make_mesh, named_sharding, num_shards
@@ -206,12 +205,6 @@ def trained_params(config: SFTConfig, model: CausalLM) -> dict:
             f"alone, but this {model.config.model_type} has none with weights: unfreeze a layer"
         )
     return jax.tree_util.tree_map_with_path(lambda path, _: trained[name(path)], structs)
-
-
-def num_trained(config: SFTConfig, model: CausalLM) -> int:
-    """Counts the parameters that are trained."""
-    trained = by_path(trained_params(config, model))
-    return model.count_params(trained.__getitem__)
 
 
 def make_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update:

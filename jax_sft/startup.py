@@ -5,6 +5,7 @@ output, from the first process alone.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def print_start(
     config: SFTConfig,
     model: CausalLM,
     *,
-    num_trained: int,
+    trained: dict[str, bool],
     num_steps: int,
     steps_per_epoch: int,
     data_report: dict[str, Any],
@@ -46,7 +47,7 @@ def print_start(
     Args:
         config: the run's config.
         model: opened; its weights are not needed.
-        num_trained: parameters that are trained.
+        trained: whether a parameter is trained, by its path.
         num_steps: steps of the whole run.
         steps_per_epoch: steps of its first epoch.
         data_report: what `data.report.data_report` returned.
@@ -56,10 +57,13 @@ def print_start(
     say("devices", describe_mesh(model.mesh))
     say(
         "precision",
-        f"{numerics.param_dtype.__name__} parameters, {numerics.dtype.__name__} compute; "
+        f"{numerics.param_dtype.__name__} parameters, "
+        f"{'float32 adapters, ' if model.adapters is not None else ''}"
+        f"{numerics.dtype.__name__} compute; "
         "norms, softmax, loss and sums in float32",
     )
     say("model", f"{model.config.model_type}, {model.num_params:,} parameters")
+    num_trained = model.count_params(trained.__getitem__)
     if num_trained != model.num_params:
         say("trained", f"{num_trained:,} parameters ({_trained_part(config, model)})")
     say(
@@ -85,18 +89,31 @@ def _trained_part(config: SFTConfig, model: CausalLM) -> str:
     return f"adapters of rank {model.adapters.rank} on {layers}"
 
 
-def flops_a_step(config: SFTConfig, model: CausalLM, *, num_trained: int) -> float:
-    """Counts the FLOPs of a step, over all devices together."""
+def flops_a_step(config: SFTConfig, model: CausalLM, *, trained: dict[str, bool]) -> float:
+    """Counts the FLOPs of a step, over all devices together.
+
+    Args:
+        config: the run's config.
+        model: opened; its weights are not needed.
+        trained: whether a parameter is trained, by its path.
+    """
     decoder, train = model.decoder.config, config.train
-    idle = 0.0
-    if decoder.experts is not None:
-        num_in_experts = model.count_params(lambda path: _EXPERT_KERNEL.search(path) is not None)
-        idle = num_in_experts * (1 - decoder.experts.num_chosen / decoder.experts.num_experts)
-    num_params = round(model.num_params - idle)
+
+    def count_met(is_meant: Callable[[str], bool]) -> int:
+        """Counts parameters; of experts, those that a token meets."""
+        idle = 0.0
+        if decoder.experts is not None:
+            share = decoder.experts.num_chosen / decoder.experts.num_experts
+            in_experts = lambda path: is_meant(path) and bool(_EXPERT_KERNEL.search(path))  # noqa: E731
+            idle = model.count_params(in_experts) * (1 - share)
+        return round(model.count_params(is_meant) - idle)
+
     return flops.train_flops(
-        num_params=num_params,
-        num_trained=min(num_trained, num_params),
+        num_params=count_met(lambda path: True),
+        num_passed=count_met(lambda path: not path.startswith("frozen_layers")),
+        num_trained=count_met(trained.__getitem__),
         num_layers=decoder.num_layers,
+        num_passed_layers=decoder.num_layers - model.decoder.num_frozen_layers,
         attention_width=decoder.num_heads * decoder.head_width,
         row_len=train.seq_length,
         num_tokens=train.batch_size * train.seq_length,

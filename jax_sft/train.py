@@ -25,6 +25,7 @@ from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
 from jax_sft.inputs import Inputs, find_tokenizer, load_inputs
 from jax_sft.interrupt import STOPPED, sigterm_asks_to_stop
 from jax_sft.model.causal_lm import ADAPTER, CausalLM
+from jax_sft.model.pretrained import by_path
 from jax_sft.model_card import write_model_card
 from jax_sft.profiling import profiled
 from jax_sft.progress import Progress
@@ -36,9 +37,9 @@ from jax_sft.recipe import (
     make_batches,
     make_eval_batches,
     make_update,
-    num_trained,
     open_model,
     split_best_metric,
+    trained_params,
 )
 from jax_sft.run_folder import (
     BEST,
@@ -261,7 +262,7 @@ class SFTTrainer:
         print_start(
             config,
             model,
-            num_trained=num_trained(config, model),
+            trained=by_path(trained_params(config, model)),
             num_steps=self.num_steps,
             steps_per_epoch=self._batches.steps_in_epoch(0),
             data_report=self.data_report,
@@ -280,7 +281,9 @@ class SFTTrainer:
             num_steps=self.num_steps,
             log_interval=config.train.log_interval,
             describe=self._batches.describe,
-            flops_a_step=flops_a_step(config, model, num_trained=num_trained(config, model)),
+            flops_a_step=flops_a_step(
+                config, model, trained=by_path(trained_params(config, model))
+            ),
             peak_flops=peak_flops(model),
             num_tokens=data["tokens"],
             num_trained=data["trained_tokens"],

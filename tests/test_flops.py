@@ -4,13 +4,21 @@ import pytest
 
 from jax_sft.flops import peak_flops, train_flops
 
+SHAPE = dict(num_params=10, num_layers=3, attention_width=3, row_len=5, num_tokens=7)
+
 
 def test_flops_by_hand():
     """6·N a token for the parameters; 6·L·H·C·T a token for causal attention."""
-    got = train_flops(
-        num_params=10, num_trained=10, num_layers=2, attention_width=3, row_len=5, num_tokens=7
-    )
-    assert got == (6 * 10 + 6 * 2 * 3 * 5) * 7
+    got = train_flops(num_passed=10, num_trained=10, num_passed_layers=3, **SHAPE)
+    assert got == (6 * 10 + 6 * 3 * 3 * 5) * 7
+
+
+def test_flops_of_a_part_by_hand():
+    """Adapters: gradients pass everywhere. Frozen layers at the bottom: forward alone."""
+    adapters = train_flops(num_passed=10, num_trained=1, num_passed_layers=3, **SHAPE)
+    assert adapters == (4 * 10 + 2 * 1 + 6 * 3 * 3 * 5) * 7
+    top = train_flops(num_passed=4, num_trained=4, num_passed_layers=1, **SHAPE)
+    assert top == (2 * 10 + 4 * 4 + (2 * 3 + 4 * 1) * 3 * 5) * 7
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from tiny_models import assert_close_trees, one_device, paths_and_leaves
 from jax_sft.config import default_sft_config
 from jax_sft.model import lora
 from jax_sft.model.causal_lm import CausalLM, Placement
-from jax_sft.recipe import make_update, num_trained, open_model, trained_params
+from jax_sft.model.pretrained import by_path
+from jax_sft.recipe import make_update, open_model, trained_params
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -21,6 +22,15 @@ LLAMA = dict(SMALL, model_type="llama", intermediate_size=48, num_key_value_head
 GPT2 = dict(model_type="gpt2", n_layer=2, n_embd=32, n_head=4, n_positions=64, vocab_size=41)
 NEOX = dict(SMALL, model_type="gpt_neox", intermediate_size=48)
 PHI3 = dict(LLAMA, model_type="phi3", pad_token_id=0)
+MIXED = dict(
+    LLAMA,
+    model_type="qwen3_moe",
+    num_hidden_layers=4,
+    mlp_only_layers=[1, 3],
+    num_experts=2,
+    num_experts_per_tok=1,
+    moe_intermediate_size=16,
+)
 OPT = dict(SMALL, model_type="opt", ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=64)
 # Separate and fused projections, fused by groups, transposed or not; every option.
 CASES = {
@@ -31,6 +41,7 @@ CASES = {
     "gpt2, one of two c_proj": (GPT2, dict(target_modules=["mlp.c_proj"])),
     "gpt_neox, an expression": (NEOX, dict(target_modules=r".*\.(query_key_value|dense)")),
     "phi3, fused, dora": (PHI3, dict(target_modules=["qkv_proj", "gate_up_proj"], use_dora=True)),
+    "qwen3_moe, attention": (MIXED, dict(target_modules=["q_proj", "o_proj"])),
     "opt, all but one": (OPT, dict(target_modules="all-linear", exclude_modules=["fc1"])),
 }
 IDS = np.array([[5, 11, 0, 7, 7, 40, 3, 22, 9, 1]])
@@ -171,10 +182,11 @@ def test_only_adapters_are_trained_and_have_optimizer_state(one_device_only):
         path for path in trained if lora.is_adapter(path)
     }
     # q, k, v, o; gate, up, down: rank · (inputs + outputs), in two layers.
-    assert num_trained(config, model) == 2 * 2 * (64 + 48 + 48 + 64 + 3 * 80)
+    num_trained = model.count_params(by_path(trained_params(config, model)).__getitem__)
+    assert num_trained == 2 * 2 * (64 + 48 + 48 + 64 + 3 * 80)
     structs = make_update(config, model, num_steps=3).structs
     moments = [leaf.size for leaf in jax.tree.leaves(structs.opt_state) if leaf.size > 1]
-    assert sum(moments) == 2 * num_trained(config, model)
+    assert sum(moments) == 2 * num_trained
 
 
 def test_the_base_may_be_bfloat16_and_adapters_stay_float32(one_device_only):
@@ -216,6 +228,10 @@ def test_joined_is_what_was_split():
         (dict(target_modules=["wq"]), "target_modules=.'wq'. means no layer .*'q_proj'"),
         (dict(target_modules=r".*layers\.0\..*q_proj"), "in some layers only"),
         (dict(exclude_modules="all-linear"), "means no layer"),
+        (
+            dict(target_modules=["q_proj", "lm_head"]),
+            "target_modules has .'lm_head'., which are no",
+        ),
         (dict(peft_type="PROMPT_TUNING"), "peft_type='PROMPT_TUNING' is not built"),
         (dict(bias="all"), "bias='all' is not built: only 'none'"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
@@ -230,6 +246,13 @@ def test_joined_is_what_was_split():
 def test_what_is_not_built_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         CausalLM.open(None, fields=LLAMA, placement=placed(), peft_config=fields)
+
+
+def test_mlps_beside_experts_are_refused():
+    with pytest.raises(ValueError, match="means MLPs of a model with experts"):
+        CausalLM.open(
+            None, fields=MIXED, placement=placed(), peft_config=dict(target_modules="all-linear")
+        )
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from jax_sft.model import lora
 from jax_sft.model.name_table import BlockReader, find_kinds, find_names
 from jax_sft.model.pretrained import by_path, gather_tensor, in_file_order
 from jax_sft.model.types import DecoderConfig, Family
-from jax_sft.model.weight_files import TensorSpec
+from jax_sft.model.weight_files import INDEX_FILE, SINGLE_FILE, TensorSpec
 
 
 def is_adapter_folder(folder: Path) -> bool:
     """Tells whether a folder holds an adapter, and not a whole model."""
-    return (folder / lora.CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    has_model = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    return (folder / lora.CONFIG_FILE).is_file() and not has_model
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -125,6 +126,8 @@ def save_adapters(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, draft, metadata={"format": "pt"})
+        # The old options go first, so that they never stand beside new weights.
+        (folder / lora.CONFIG_FILE).unlink(missing_ok=True)
         draft.replace(folder / lora.WEIGHTS_FILE)
         (folder / lora.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
     except OSError as error:
@@ -138,6 +141,12 @@ class _AdapterFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder, path = folder, folder / lora.WEIGHTS_FILE
+        if (folder / "adapter_model.bin").is_file() and not path.is_file():
+            raise ValueError(
+                f"adapter folder {folder} has its weights only as adapter_model.bin, which is not"
+                " read (a pickle runs code); load and save it with peft, which writes"
+                f" {lora.WEIGHTS_FILE}"
+            )
         if not path.is_file():
             raise ValueError(
                 f"adapter folder {folder} has no {lora.WEIGHTS_FILE}; pass the folder that PEFT's"

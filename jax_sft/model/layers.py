@@ -6,7 +6,7 @@ Each parameter is boxed with the names of its axes; what they mean on a mesh is 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -84,6 +84,20 @@ class NormLayer(nn.Module):
         return param.astype(jnp.float32)
 
 
+class Low(NamedTuple):
+    """What layers that share an adapter's A take from the first of them.
+
+    Attributes:
+        a_IR: A, float32.
+        x_NI: the input, after dropout.
+        low_NR: x·A.
+    """
+
+    a_IR: jax.Array
+    x_NI: jax.Array
+    low_NR: jax.Array
+
+
 class Linear(nn.Module):
     """Sums the last axes of x with the first of a kernel; adds a bias and an adapter.
 
@@ -104,17 +118,15 @@ class Linear(nn.Module):
     bias: bool
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, low: tuple[jax.Array, jax.Array] | None = None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    def __call__(self, x: jax.Array, low: Low | None = None) -> tuple[jax.Array, Low | None]:
         """Takes x [B, T, *inputs] to [B, T, *outputs].
 
         Args:
             x: the input.
-            low: A and x·A of the layer that this one shares A with (see `Adapters.shared`).
+            low: of the layer that this one shares A with (see `Adapters.shared`).
 
         Returns:
-            The output; and A and x·A, where this layer has an adapter.
+            The output; and what others may share, where this layer has an adapter.
         """
         dtype, adapters = self.numerics.dtype, self.numerics.adapters
         init = nn.initializers.normal(self.init_std)
@@ -126,7 +138,7 @@ class Linear(nn.Module):
         if adapters is None or "/".join(self.path[-2:]) not in adapters.targets:
             low = None
         else:
-            added_NO, low = self._adapt(adapters, x_NI, y_NO, kernel_IO, low)
+            added_NO, low = self._adapt(adapters, x_NI, y_NO, kernel, low)
             y_NO = y_NO + added_NO
         y = y_NO.reshape(*x.shape[:2], *outputs)
         if self.bias:
@@ -140,37 +152,38 @@ class Linear(nn.Module):
         adapters: Adapters,
         x_NI: jax.Array,
         y_NO: jax.Array,
-        kernel_IO: jax.Array,
-        low: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Returns what the adapter adds to x·W; and A and x·A."""
+        kernel: jax.Array,
+        low: Low | None,
+    ) -> tuple[jax.Array, Low]:
+        """Returns what the adapter adds to x·W; and x·A, with what it is made of."""
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         input_axes, output_axes = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
-        rank, dtype = adapters.rank, x_NI.dtype
+        rank, scale, dtype = adapters.rank, adapters.scale, x_NI.dtype
         rate = adapters.dropout if self.numerics.dropout else 0.0
-        if rate and (low is None or adapters.dora):
-            x_NI = nn.Dropout(rate, deterministic=False)(x_NI)
         if low is None:
             shape, axes = (*inputs, rank), (*input_axes, None)
             a = self._param("lora_a", _init_a(adapters, inputs), shape, axes, jnp.float32)
-            a_IR = a.astype(dtype).reshape(-1, rank)
-            low = a_IR, x_NI @ a_IR
-        a_IR, low_NR = low
+            a_IR = a.reshape(-1, rank)
+            if rate:
+                x_NI = nn.Dropout(rate, deterministic=False)(x_NI)
+            low = Low(a_IR, x_NI, x_NI @ a_IR.astype(dtype))
         shape, axes = (rank, *outputs), (None, *output_axes)
         b = self._param("lora_b", nn.initializers.zeros, shape, axes, jnp.float32)
-        b_RO = b.astype(dtype).reshape(rank, -1)
-        added_NO = adapters.scale * (low_NR @ b_RO)
+        b_RO = b.reshape(rank, -1)
+        added_NO = scale * (low.low_NR @ b_RO.astype(dtype))
         if not adapters.dora:
             return added_NO, low
         magnitude = self._param(
             "lora_magnitude", nn.initializers.ones, outputs, output_axes, jnp.float32
         )
-        # The norm is a constant to the gradient (DoRA, section 4.3).
-        whole_IO = (kernel_IO + adapters.scale * (a_IR @ b_RO)).astype(jnp.float32)
+        # The norm is a constant to the gradient (DoRA, section 4.3). It and the magnitude's share
+        # of it are in float32: their distance from 1 is what is learned.
+        kernel_IO = kernel.reshape(-1, b_RO.shape[1])
+        whole_IO = kernel_IO.astype(jnp.float32) + scale * (low.a_IR @ b_RO)
         norm_O = jax.lax.stop_gradient(jnp.linalg.norm(whole_IO, axis=0))
-        plain_NO = x_NI @ kernel_IO if rate else y_NO
-        share = broadcast((magnitude.reshape(-1) / norm_O).astype(dtype), plain_NO)
-        return (share - 1) * plain_NO + share * added_NO, low
+        plain_NO = low.x_NI @ kernel_IO.astype(dtype) if rate else y_NO
+        share = broadcast(magnitude.reshape(-1) / norm_O, plain_NO)
+        return (share - 1).astype(dtype) * plain_NO + share.astype(dtype) * added_NO, low
 
     def _param(
         self, name: str, init: Callable, shape: tuple, axes: tuple, dtype: Any = None

@@ -8,7 +8,7 @@ decoder needs to know; the name table of the adapters' tensors; the fields to wr
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,11 +149,19 @@ def read_peft_config(
         if wanted and not unwanted:
             targets.update(linears)
             shared.update(sorted(linears, key=_LINEARS.index)[1:])
+    _check_all_mean_something(values["target_modules"], modules, num_layers)
     if not targets:
         short = sorted({module.rpartition(".")[2] for module in modules})
         raise ValueError(
             f"peft_config.target_modules={values['target_modules']!r} means no layer of this "
             f"model: choose among {short}, or 'all-linear'"
+        )
+    has_experts = any("layers/experts/" in path for tensor in tensors for path in tensor.ours)
+    if has_experts and any(target.startswith("mlp/") for target in targets):
+        raise ValueError(
+            f"peft_config.target_modules={values['target_modules']!r} means MLPs of a model with "
+            "experts, which PEFT would adapt too and for which adapters are not built: name "
+            "attention's projections"
         )
     return Adapters(
         rank=values["r"],
@@ -263,6 +271,19 @@ def _is_target(
     return bool(found)
 
 
+def _check_all_mean_something(wanted: Any, modules: Iterable[str], num_layers: int) -> None:
+    """PEFT would adapt what we cannot, such as lm_head: it is not left out in silence."""
+    if wanted is None or isinstance(wanted, str):
+        return
+    names = [f".{module.format(layer=i)}" for module in modules for i in range(num_layers)]
+    idle = [end for end in wanted if not any(name.endswith(f".{end}") for name in names)]
+    if idle and len(idle) < len(wanted):
+        raise ValueError(
+            f"peft_config.target_modules has {sorted(idle)}, which are no linear layers that"
+            " adapters are built for: leave them out"
+        )
+
+
 def _are_names(value: Any) -> bool:
     if isinstance(value, str):
         try:
@@ -316,7 +337,8 @@ def merge(params: dict, adapters: Adapters) -> dict:
         a = flat[f"{_owner(home, flat)}/lora_a"]
         stack = a.shape[:num_stacked]
         low, up = a.reshape(*stack, -1, adapters.rank), b.reshape(*stack, adapters.rank, -1)
-        whole = kernel.astype(jnp.float32) + adapters.scale * (low @ up).reshape(kernel.shape)
+        added = jnp.matmul(low, up, precision="highest").reshape(kernel.shape)
+        whole = kernel.astype(jnp.float32) + adapters.scale * added
         magnitude = flat.get(f"{home}/lora_magnitude")
         if magnitude is not None:
             share = magnitude / _norm(whole, magnitude, num_stacked)

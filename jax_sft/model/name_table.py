@@ -219,9 +219,11 @@ def _find_stacks(leaves: dict[str, Any]) -> list[tuple[str, range]]:
             is_frozen, first = bool(match["frozen"]), int(match["first"] or 0)
             sizes[not is_frozen, first, match[0][:-1]] = leaf.shape[0]
     stacks, end = [], 0
-    for (_, _, name), size in sorted(sizes.items()):
-        stacks.append((name, range(end, end + size)))
-        end += size
+    for (_, first, name), size in sorted(sizes.items()):
+        # Adapters may stand in some of the stacks alone: then what is below them is not here.
+        start = first or end
+        stacks.append((name, range(start, start + size)))
+        end = start + size
     return stacks
 
 

@@ -113,8 +113,8 @@ def load_params(
         family: its name table.
         config: says what the table holds, and the vocabulary's true size.
         like: tree of `jax.ShapeDtypeStruct` with shardings; values are cast to its dtypes, a
-            padded vocabulary ends in rows of zeros, and the layers may stand in the two
-            stacks "frozen_layers" and "layers".
+            padded vocabulary ends in rows of zeros, and the layers may stand in
+            several stacks (see `decoder.find_stacks`).
         staging_bytes: most bytes on the host beyond the parameters that live on its devices;
             programs and what the allocator keeps come to some 100 MiB more.
 

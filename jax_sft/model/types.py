@@ -131,7 +131,7 @@ class DecoderConfig:
         num_positions: longest context, in tokens.
         layers: what differs between them; as many as the model has (L).
         norm: kind of the blocks' norms and the final one.
-        activation: a name in `decoder.ACTIVATIONS`.
+        activation: a name in `layers.ACTIVATIONS`.
         tied_head: the token embedding is also the output vocabulary.
         init_std: standard deviation of random weights.
         residual_init_std: the same for the projections that write to the residual stream.
