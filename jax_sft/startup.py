@@ -17,9 +17,6 @@ from jax_sft.data.report import print_report
 from jax_sft.model.causal_lm import CausalLM
 from jax_sft.sharding import describe_mesh
 
-# The router is met by every token, an expert by few.
-_EXPERT_KERNEL = re.compile(r"/experts/(gate|up|down)/")
-
 
 def say(what: str, text: str) -> None:
     """Prints a line, once for all processes, with what it is about in a column of its own."""
@@ -101,12 +98,12 @@ def flops_a_step(config: SFTConfig, model: CausalLM, *, trained: dict[str, bool]
 
     def count_met(is_meant: Callable[[str], bool]) -> int:
         """Counts parameters; of experts, those that a token meets."""
-        idle = 0.0
-        if decoder.experts is not None:
-            share = decoder.experts.num_chosen / decoder.experts.num_experts
-            in_experts = lambda path: is_meant(path) and bool(_EXPERT_KERNEL.search(path))  # noqa: E731
-            idle = model.count_params(in_experts) * (1 - share)
-        return round(model.count_params(is_meant) - idle)
+        num_meant = model.count_params(is_meant)
+        if decoder.experts is None:
+            return num_meant
+        idle = 1 - decoder.experts.num_chosen / decoder.experts.num_experts
+        in_experts = model.count_params(lambda path: is_meant(path) and _is_expert(path))
+        return round(num_meant - idle * in_experts)
 
     return flops.train_flops(
         num_params=count_met(lambda path: True),
@@ -118,6 +115,11 @@ def flops_a_step(config: SFTConfig, model: CausalLM, *, trained: dict[str, bool]
         row_len=train.seq_length,
         num_tokens=train.batch_size * train.seq_length,
     )
+
+
+def _is_expert(path: str) -> bool:
+    """The router is met by every token, an expert by few."""
+    return re.search("/experts/(gate|up|down)/", path) is not None
 
 
 def peak_flops(model: CausalLM) -> float | None:

@@ -259,10 +259,11 @@ class SFTTrainer:
         resume_dir = run_folder.find_resume_folder(
             self.run_dir, config.train.resume_from_checkpoint
         )
+        trained = by_path(trained_params(config, model))
         print_start(
             config,
             model,
-            trained=by_path(trained_params(config, model)),
+            trained=trained,
             num_steps=self.num_steps,
             steps_per_epoch=self._batches.steps_in_epoch(0),
             data_report=self.data_report,
@@ -281,9 +282,7 @@ class SFTTrainer:
             num_steps=self.num_steps,
             log_interval=config.train.log_interval,
             describe=self._batches.describe,
-            flops_a_step=flops_a_step(
-                config, model, trained=by_path(trained_params(config, model))
-            ),
+            flops_a_step=flops_a_step(config, model, trained=trained),
             peak_flops=peak_flops(model),
             num_tokens=data["tokens"],
             num_trained=data["trained_tokens"],

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from tiny_models import draw_params, one_device
 
+from jax_sft.config import default_sft_config
 from jax_sft.model.causal_lm import CausalLM, Placement
 from jax_sft.model.experts import ExpertsLayer, balance
+from jax_sft.model.pretrained import by_path
+from jax_sft.startup import flops_a_step
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -75,3 +78,15 @@ def test_balance_of_a_row_is_what_transformers_computes_of_it():
     probs = jax.nn.softmax(logits[None], axis=-1)
     got = balance(probs, jax.lax.top_k(probs, 2)[1], jnp.array(mask, bool))
     np.testing.assert_allclose(got, [float(expected)], rtol=1e-6)
+
+
+def test_flops_are_of_the_experts_that_a_token_meets():
+    """Two of four: half of their 4 · 3 · 16 · 12 numbers; router, attention and the rest whole."""
+    model = CausalLM.open(None, fields=FIELDS, placement=Placement(mesh=one_device()))
+    config = default_sft_config().evolve(train=dict(seq_length=8, batch_size=2))
+    num_met = model.num_params - 4 * 3 * 16 * 12 // 2
+    trained = dict.fromkeys(by_path(model.param_structs()), True)
+    got = flops_a_step(config, model, trained=trained)
+    assert got == (6 * num_met + 6 * 16 * 8) * 2 * 8
+    nothing = flops_a_step(config, model, trained=dict.fromkeys(trained, False))
+    assert nothing == (4 * num_met + 6 * 16 * 8) * 2 * 8
