@@ -116,7 +116,9 @@ def _from_text(key: Key, text: str) -> Any:
         return _number(text)
     if key.kind == "strings" and text[:1] not in ("[", "("):
         return tuple(text.split(",")) if text else ()
-    is_text = key.kind in ("str", "choice") or (key.kind == "prompts" and text[:1] != "[")
+    is_text = key.kind in ("str", "choice")
+    if key.kind in ("prompts", "mixture", "sources"):
+        is_text = text[:1] not in ("[", "{", "(")
     return text if is_text else _literal(text)
 
 

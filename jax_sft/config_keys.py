@@ -19,7 +19,7 @@ class Key(NamedTuple):
     """What one key holds; None is accepted where it is the default or one of the choices."""
 
     default: Any
-    kind: str  # int, float, bool, str, strings, pair, floats, dict, prompts, choice
+    kind: str  # a name in _KINDS, or choice
     help: str
     least: float | None = None
     most: float | None = None
@@ -30,6 +30,9 @@ class Key(NamedTuple):
 def _choice(default: Any, choices: Sequence, help: str) -> Key:
     return Key(default, "choice", help, choices=tuple(choices))
 
+
+# How a row may hold its text; "dialogue" is a list of [prompt, output, ...].
+ROW_FORMATS = ("text", "dialogue", "prompt_output", "messages", "sharegpt", "tokens")
 
 # Names and arguments follow torch.optim where it has the optimizer.
 OPTIMIZERS = {
@@ -120,7 +123,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "truncation_side": _choice("right", ("right", "left"), "the end that is cut off"),
         "add_bos": Key(None, "bool", "BOS before a sample; None: as the tokenizer itself does"),
         "add_eos": _choice(True, (True, "last", False), "EOS after every output, or the last"),
-        "chat_template": Key(None, "str", "replaces the tokenizer's own chat template"),
+        "chat_template": Key(None, "str", "Jinja, or a file of it; None: the tokenizer's own"),
+        "chat_template_kwargs": Key({}, "dict", "what else the template is given"),
+        "stop_tokens": Key((), "strings", "tokens that end an answer; none: found by themselves"),
     },
     "optimizer": {
         "name": _choice("adamw", tuple(OPTIMIZERS), "see optimizer.kwargs"),
@@ -150,11 +155,20 @@ KEYS: dict[str, dict[str, Key]] = {
         "label_smoothing": Key(0.0, "float", "share of a target spread evenly, in [0, 1]", 0, 1),
     },
     "data": {
-        "train": Key(None, "str", "a file, a hub name or module:function that returns samples"),
-        "eval": Key(None, "str", "likewise, held out, for eval/loss"),
+        "train": Key(
+            None,
+            "mixture",
+            "a file, a hub name or module:function; or a list of them, each alone or as "
+            "[source, how often an epoch sees its rows]",
+        ),
+        "eval": Key(None, "sources", "likewise, held out, for eval/loss; or {name: source}"),
         "split": Key("train", "str", "of a hub dataset"),
+        "eval_split": Key(None, "str", "of a hub dataset that data.eval names; None: data.split"),
         "format": _choice(
             None, (None, "json", "jsonl", "csv", "parquet", "text"), "None: by the file's name"
+        ),
+        "row_format": _choice(
+            None, (None, *ROW_FORMATS), "how rows hold their text; None: by their fields"
         ),
         "text_field": Key("text", "str", "a row's whole text, where there is no prompt"),
         "prompt_field": Key("prompt", "str", "a row's prompt, which is not trained"),
@@ -162,13 +176,22 @@ KEYS: dict[str, dict[str, Key]] = {
         "messages_field": Key("messages", "str", "a row's conversation"),
         "template": Key(None, "str", "'alpaca', or a prompt such as 'Q: {question}\\nA: '"),
         "filter": Key(None, "str", "keeps the rows where it is true, as 'label == 1'"),
+        "train_turns": _choice(
+            "all", ("all", "last", "flagged"), "which answers of a conversation are trained"
+        ),
+        "on_bad_row": _choice("error", ("error", "skip"), "skip: leave them out and count them"),
         "packing": _choice("best_fit", ("best_fit", "none"), "none: one example a row"),
         "over_length": _choice(
             "truncate", ("truncate", "split", "drop", "error"), "examples beyond seq_length"
         ),
         "shuffle": Key(True, "bool", "a new order each epoch, from train.seed"),
         "max_samples": Key(None, "int", "most samples read; None: all", 1),
-        "num_proc": Key(1, "int", "processes that read a dataset", 1),
+        "num_proc": Key(1, "int", "processes that read and tokenize", 1),
+        "cache_dir": Key(
+            None, "str", "keeps tokenized data; None: in the user's cache; 'off': nowhere"
+        ),
+        "streaming": Key(False, "bool", "read while training, in bounded memory"),
+        "look_ahead": Key(256, "int", "rows of seq_length that a stream is packed within", 1),
         "eval_prompts": Key(None, "prompts", "a list, a file or module:function"),
         "metric_fn": Key(None, "str", "module:function(samples, prompts, outputs, **metadata)"),
         "stop_sequences": Key((), "strings", "strings that end an output"),
@@ -280,8 +303,38 @@ def _as_floats(value: Any) -> tuple[float, float]:
 
 def _as_prompts(value: Any) -> str | tuple:
     for item in () if isinstance(value, str) else _instance(value, tuple):
-        _instance(item["prompt"] if isinstance(item, dict) else item, str)
+        prompt = item
+        if isinstance(item, dict):
+            prompt = item["messages"] if "messages" in item else item["prompt"]
+        if not isinstance(prompt, str):
+            for message in _instance(prompt, tuple):
+                _instance(message, dict | str)
     return value
+
+
+def _as_mixture(value: Any) -> str | tuple[str | tuple[str, float], ...]:
+    if isinstance(value, str):
+        return value
+    items = []
+    for item in _instance(value, tuple):
+        if not isinstance(item, str):
+            source, share = item
+            item = _instance(source, str), _as_float(share)
+            if item[1] <= 0:
+                raise ValueError
+        items.append(item)
+    if not items:
+        raise ValueError
+    return tuple(items)
+
+
+def _as_sources(value: Any) -> str | dict[str, str]:
+    if isinstance(value, str):
+        return value
+    named = _instance(value, dict)
+    if not named or not all(isinstance(source, str) for source in named.values()):
+        raise ValueError
+    return named
 
 
 class _Kind(NamedTuple):
@@ -298,7 +351,12 @@ _KINDS = {
     "pair": _Kind("two ints (first, end) with 0 <= first < end", _as_pair),
     "floats": _Kind("two numbers in [0, 1)", _as_floats),
     "dict": _Kind("a dict", lambda value: _instance(value, dict)),
-    "prompts": _Kind("a string, or a list of strings or of dicts with 'prompt'", _as_prompts),
+    "prompts": _Kind(
+        "a string, or a list of strings, of lists of messages or of dicts with 'prompt'",
+        _as_prompts,
+    ),
+    "mixture": _Kind("a string, or a list of strings or of [string, number above 0]", _as_mixture),
+    "sources": _Kind("a string, or a dict of strings", _as_sources),
 }
 
 

@@ -1,7 +1,7 @@
 """What the rooms of the data wing hand to each other: Sample, Example, Batch.
 
-A Sample is text in turns, an Example is one training sequence of token ids, already
-shifted, and a Batch is rows of packed examples. Examples lie in a few flat arrays, so
+A Sample is one row: text in turns, a conversation, or token ids. An Example is one
+training sequence of ids, already shifted, and a Batch is rows of packed examples. Examples lie in a few flat arrays, so
 that millions of them cost their tokens and no Python objects. Counts says what became
 of every row that was read.
 """
@@ -18,21 +18,84 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _READ_AHEAD = 1000  # rows a slice: one call into an Arrow table, not one a row
+NUM_SHOWN = 3  # problems of each kind that a report names
+
+
+class BadRow(ValueError):
+    """What is wrong with one row, in one line that names it.
+
+    Attributes:
+        reason: what it is counted as where bad rows are skipped, such as "empty_output".
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return _bad_row, (str(self), self.reason)
+
+
+def _bad_row(message: str, reason: str) -> BadRow:
+    return BadRow(message, reason=reason)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A piece of text; trained turns are the ones that the model learns to write."""
+    """A piece of text, and the weight of its tokens in the loss: 0 for context."""
 
     text: str
-    trained: bool
+    weight: float
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        fields: what the chat template sees: role, content (a str), and what else the row
+            gives, such as tool_calls or reasoning_content.
+        weight: of its tokens in the loss; 0 for context.
+    """
+
+    fields: dict[str, Any]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that a chat template renders, with the tools that it may offer."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """A row that came as token ids.
+
+    Attributes:
+        ids_T: int32.
+        targets_T: int32; what each position should have been predicted as: the ids, but
+            where labels say otherwise.
+        weights_T: float32; of each position as a target.
+        is_masked: whether the row said what is trained, by labels or a mask.
+    """
+
+    ids_T: np.ndarray
+    targets_T: np.ndarray
+    weights_T: np.ndarray
+    is_masked: bool
+
+
+Content = tuple[Turn, ...] | Conversation | TokenRow
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row in turns; origin names it in messages ("samples[3]", "a.jsonl line 12")."""
+    """One row as it was read; origin names it in messages ("a.jsonl line 12")."""
 
-    turns: tuple[Turn, ...]
+    content: Content
     origin: str
 
 
@@ -41,19 +104,30 @@ class Samples(Sequence[Sample]):
 
     Args:
         rows: what is indexed: a list, a `datasets.Dataset` or a `datasets.Column`.
-        to_sample: (row, its index in rows) to the Sample.
+        to_content: (row, its origin) to what it holds; raises BadRow. It can be pickled,
+            so that other processes can read rows too.
+        name: a row's index to its origin.
+        format: what the rows are: "text", "dialogue", "prompt_output", "messages",
+            "sharegpt" or "tokens".
+        source: what the rows came from, for reports.
         dropped: rows that were left out on the way here, by reason.
     """
 
     def __init__(
         self,
         rows: Sequence[Any],
-        to_sample: Callable[[Any, int], Sample],
+        to_content: Callable[[Any, str], Content],
         *,
+        name: Callable[[int], str] = "row {}".format,
+        format: str = "text",
+        source: str = "samples",
         dropped: dict[str, int] | None = None,
     ) -> None:
         self.rows = rows
-        self.to_sample = to_sample
+        self.to_content = to_content
+        self.name = name
+        self.format = format
+        self.source = source
         self.dropped = dict(dropped or {})
 
     def __len__(self) -> int:
@@ -63,18 +137,23 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        return self.to_sample(self.rows[index], index)
+        origin = self.name(index)
+        return Sample(self.to_content(self.rows[index], origin), origin)
 
     def __iter__(self) -> Iterator[Sample]:
         for start in range(0, len(self), _READ_AHEAD):
-            rows = self.rows[start : start + _READ_AHEAD]
-            if isinstance(rows, dict):  # a slice of a Dataset is a dict of columns
-                rows = [
-                    dict(zip(rows, values, strict=True))
-                    for values in zip(*rows.values(), strict=False)
-                ]
-            for index, row in enumerate(rows, start):
-                yield self.to_sample(row, index)
+            for index, row in enumerate(self.rows_in(start, start + _READ_AHEAD), start):
+                origin = self.name(index)
+                yield Sample(self.to_content(row, origin), origin)
+
+    def rows_in(self, start: int, end: int) -> list[Any]:
+        """The rows from start up to end, or to the last one, as they lie in their source."""
+        rows = self.rows[start:end]
+        if isinstance(rows, dict):  # a slice of a Dataset is a dict of columns
+            return [
+                dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=False)
+            ]
+        return list(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,25 +310,87 @@ class Batch(NamedTuple):
 class Counts:
     """What became of every row: rows_read = kept + the sum of dropped, always.
 
-    truncated and split count kept rows, untrained_chunks the chunks of split rows that
-    were left out because they train nothing. retokenized_boundaries counts the places
-    where the prompt's ids are not a prefix of the ids of prompt + output. The answers
-    of rows that were not truncated are checked for their stop token: none or several.
+    Attributes:
+        rows_read: rows that were looked at.
+        kept: those that made an example.
+        truncated: kept rows that lost tokens.
+        split: kept rows that became several chunks.
+        unrolled: kept conversations that became one example an answer, since their
+            template rewrites earlier turns.
+        dropped: rows that made no example, by reason.
+        shown: for each reason, what was wrong with the first few rows.
+        untrained_chunks: chunks of split rows that train nothing and were left out.
+        retokenized_boundaries: places where the prompt's ids are not a prefix of the ids
+            of prompt + output.
+        stop_tokens: what ends the answers of untruncated rows, token to number.
+        untruncated_answers: answers of those rows.
+        answers_without_stop: those of them whose stop token is not trained.
+        rows_with_more_stops: rows that train a stop token inside an answer too.
+        added_stops: answers whose template writes no stop token, so that EOS was added.
+        examples_with_reasoning: examples whose answers think before they answer.
+        unrendered_reasoning: answers whose reasoning the template leaves out.
     """
 
     rows_read: int = 0
     kept: int = 0
     truncated: int = 0
     split: int = 0
+    unrolled: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    shown: dict[str, list[str]] = field(default_factory=dict)
     untrained_chunks: int = 0
     retokenized_boundaries: int = 0
-    stop_token: str | None = None
+    stop_tokens: dict[str, int] = field(default_factory=dict)
     untruncated_answers: int = 0
     answers_without_stop: int = 0
     rows_with_more_stops: int = 0
+    added_stops: int = 0
+    examples_with_reasoning: int = 0
+    unrendered_reasoning: int = 0
 
-    def drop(self, reason: str, num_rows: int = 1) -> None:
-        """Counts rows as read and dropped for a reason."""
+    def drop(self, reason: str, num_rows: int = 1, *, problem: str | None = None) -> None:
+        """Counts rows as read and dropped for a reason; remembers the first few problems."""
         self.rows_read += num_rows
         self.dropped[reason] = self.dropped.get(reason, 0) + num_rows
+        if problem is not None:
+            shown = self.shown.setdefault(reason, [])
+            if len(shown) < NUM_SHOWN:
+                shown.append(problem)
+
+    def add(self, other: Counts) -> None:
+        """Adds what another part of the rows became."""
+        for name in vars(self):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "shown":
+                for reason, problems in theirs.items():
+                    mine[reason] = [*mine.get(reason, []), *problems][:NUM_SHOWN]
+            elif isinstance(mine, dict):
+                for key, number in theirs.items():
+                    mine[key] = mine.get(key, 0) + number
+            else:
+                setattr(self, name, mine + theirs)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the places that examples came from, for the report.
+
+    Attributes:
+        name: a file, a hub name, a function or "samples".
+        format: what its rows are, one of `config_keys.ROW_FORMATS`.
+        times: how often an epoch sees its rows.
+        counts: what became of them.
+    """
+
+    name: str
+    format: str
+    times: float
+    counts: Counts
+
+
+class ExampleSet(NamedTuple):
+    """Examples, and what became of every row on the way: in all, and by source."""
+
+    examples: Examples
+    counts: Counts
+    sources: tuple[Source, ...]
