@@ -1,22 +1,34 @@
 """Samples to Examples: the only place that decides which tokens are trained.
 
-What comes in is text in turns, what goes out are shifted ids with weights. Weights
-follow from the position of a token's turn, never from a token's id. A prompt for
-evaluation goes through the same encoder, so that its ids are the exact prefix that
-training masked; the way back, from sampled ids to text, is here too.
+What comes in are rows, what goes out are shifted ids with weights. Weights follow from
+the position of a token's turn, never from a token's id. A prompt for evaluation goes
+through the same encoder, so that its ids are the exact prefix that training masked; the
+way back, from sampled ids to text, is here too.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from jax_sft.data.encoding import Dialogue, decode_continuations, encode_dialogues, own_bos_ids
-from jax_sft.data.types import Counts, Examples, Sample, Turn, examples_from_parts, join_examples
+from jax_sft.data.chat import ChatTemplate, chat_template, check_stop_tokens
+from jax_sft.data.encoding import decode_continuations, encode_dialogues, own_bos_ids
+from jax_sft.data.types import (
+    BadRow,
+    Content,
+    Conversation,
+    Counts,
+    Examples,
+    Samples,
+    TokenRow,
+    Turn,
+    examples_from_parts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +36,67 @@ if TYPE_CHECKING:
 AddEos = bool | Literal["last"]
 Shifted = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-_SAMPLES_A_CALL = 2000  # fast tokenizers spread one call's texts over the cores
+ROWS_A_BLOCK = 2000  # fast tokenizers spread one call's texts over the cores
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that decides the ids and masks of rows, beside the tokenizer.
+
+    Attributes:
+        seq_length: the most inputs an example may have, in tokens.
+        truncation_side: the side that "truncate" cuts off; a BOS stays in front.
+        add_bos: None as the tokenizer itself does, True or False. A chat template owns
+            its special tokens: conversations get none but its own.
+        add_eos: True after every output, "last" after the last one only, or False; for
+            conversations, whether EOS ends the answers of a template that ends none.
+        over_length: what happens to longer samples: "truncate", "split" into chunks that
+            train every target once, "drop" or "error".
+        stop_tokens: tokens that end an answer of a conversation; none finds them in the
+            chat template.
+        template_kwargs: what else the chat template is given, as JSON.
+        on_bad_row: "error", or "skip", which counts them.
+    """
+
+    seq_length: int
+    truncation_side: str = "right"
+    add_bos: bool | None = None
+    add_eos: AddEos = True
+    over_length: str = "truncate"
+    stop_tokens: tuple[str, ...] = ()
+    template_kwargs: str = "{}"
+    on_bad_row: str = "error"
+
+    def __post_init__(self) -> None:
+        _check_choice("truncation_side", self.truncation_side, ("left", "right"))
+        _check_choice("add_eos", self.add_eos, (True, "last", False))
+        choices = ("truncate", "split", "drop", "error")
+        _check_choice("over_length", self.over_length, choices)
+        _check_choice("on_bad_row", self.on_bad_row, ("error", "skip"))
+        if self.seq_length < 1:
+            raise ValueError(
+                f"seq_length is {self.seq_length}; an example needs at least 1 input token"
+            )
+
+
+class Part(NamedTuple):
+    """The examples of a block of rows, end to end, and what became of the rows.
+
+    Attributes:
+        inputs: int32 [tokens].
+        targets: int32 [tokens].
+        weights: float32 [tokens].
+        lengths: int64 [N], inputs of each example.
+        rows: int64 [N], the row within the block that each example came from.
+        counts: of the block's rows.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    counts: Counts
 
 
 def load_tokenizer(
@@ -62,7 +134,7 @@ def load_tokenizer(
 
 
 def tokenize_samples(
-    samples: Iterable[Sample],
+    samples: Samples,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_length: int,
@@ -70,6 +142,7 @@ def tokenize_samples(
     add_bos: bool | None = None,
     add_eos: AddEos = True,
     over_length: str = "truncate",
+    on_bad_row: str = "error",
 ) -> tuple[Examples, Counts]:
     """Turns samples into shifted, weighted examples of at most seq_length inputs.
 
@@ -82,71 +155,280 @@ def tokenize_samples(
     Args:
         samples: as `read_samples` gives them.
         tokenizer: any transformers tokenizer; it may have no pad token.
-        seq_length: the most inputs an example may have, in tokens.
-        truncation_side: the side that "truncate" cuts off; a BOS stays in front.
-        add_bos: None as the tokenizer itself does, True or False.
-        add_eos: True after every output, "last" after the last one only, or False.
-        over_length: what happens to longer samples: "truncate", "split" into chunks that
-            train every target once, "drop" or "error".
+        seq_length: this and the rest as in `Encoding`.
+        truncation_side: which end is cut off.
+        add_bos: what stands in front.
+        add_eos: what ends outputs.
+        over_length: what happens to longer samples.
+        on_bad_row: what happens to rows that are wrong.
 
     Returns:
         The examples in the order of the samples, and what became of every sample.
 
     Raises:
-        ValueError: a bad option, or with "error" a sample that is too long.
+        ValueError: a bad option or row, or with "error" a sample that is too long.
     """
-    _check_choice("truncation_side", truncation_side, ("left", "right"))
-    _check_choice("over_length", over_length, ("truncate", "split", "drop", "error"))
-    if seq_length < 1:
-        raise ValueError(f"seq_length is {seq_length}; an example needs at least 1 input token")
-    bos_ids = _bos_ids(tokenizer, add_bos)
-    eos_id = _eos_id(tokenizer, add_eos)
-    counts = Counts(stop_token=None if eos_id is None else tokenizer.eos_token)
-    for reason, num_rows in getattr(samples, "dropped", {}).items():
+    encoding = Encoding(
+        seq_length=seq_length,
+        truncation_side=truncation_side,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        over_length=over_length,
+        on_bad_row=on_bad_row,
+    )
+    counts = Counts()
+    for reason, num_rows in samples.dropped.items():
         counts.drop(reason, num_rows)
-    blocks: list[Examples] = []
-    origins: list[str] = []
-    stream = iter(samples)
-    while chunk := list(itertools.islice(stream, _SAMPLES_A_CALL)):
-        parts: list[Shifted] = []
-        ends = [_ends(sample.turns, add_eos) for sample in chunk]
-        dialogues = encode_dialogues(
-            [[turn.text for turn in sample.turns] for sample in chunk],
-            tokenizer,
-            ends=ends,
-            bos_ids=bos_ids,
-            eos_id=eos_id,
+    parts, origins = [], []
+    for start in range(0, len(samples), ROWS_A_BLOCK):
+        rows = samples.rows_in(start, start + ROWS_A_BLOCK)
+        names = [samples.name(start + i) for i in range(len(rows))]
+        part = tokenize_rows(rows, names, samples.to_content, tokenizer, encoding)
+        parts.append(part)
+        origins += [names[row] for row in part.rows]
+        counts.add(part.counts)
+    return join_parts(parts, tokenizer=tokenizer, origins=origins), counts
+
+
+def join_parts(
+    parts: Sequence[Part],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    origins: Sequence[str] | None = None,
+) -> Examples:
+    """Lays the examples of several parts end to end."""
+    none = examples_from_parts([])
+    lengths = [part.lengths for part in parts]
+    return Examples(
+        np.concatenate([none.inputs, *(part.inputs for part in parts)]),
+        np.concatenate([none.targets, *(part.targets for part in parts)]),
+        np.concatenate([none.weights, *(part.weights for part in parts)]),
+        np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
+        tokenizer=tokenizer,
+        origins=origins,
+    )
+
+
+def tokenize_rows(
+    rows: Sequence[Any],
+    origins: Sequence[str],
+    to_content: Callable[[Any, str], Content],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+) -> Part:
+    """Turns a block of rows into examples; which other rows there are changes nothing.
+
+    Args:
+        rows: as they lie in their source.
+        origins: a name for each.
+        to_content: (row, origin) to what it holds.
+        tokenizer: any transformers tokenizer.
+        encoding: the options.
+
+    Raises:
+        BadRow: a row is wrong, and encoding.on_bad_row is "error".
+        ValueError: a bad option, or a row that is too long where that is an error.
+    """
+    block = _Block(tokenizer, encoding)
+    for row, origin in enumerate(origins):
+        try:
+            block.read(row, to_content(rows[row], origin), origin)
+        except BadRow as error:
+            if encoding.on_bad_row == "error":
+                raise
+            block.counts.drop(error.reason, problem=str(error))
+    return block.finish()
+
+
+class _Sequence(NamedTuple):
+    """A training sequence before it is cut to length.
+
+    Attributes:
+        row: within the block.
+        turns: its texts.
+        ends: for each turn, whether EOS is put behind it.
+        stops: for each turn, the token that should end it, where it is a trained answer.
+    """
+
+    row: int
+    turns: tuple[Turn, ...]
+    ends: list[bool]
+    stops: Sequence[str | None]
+
+
+class _Ids(NamedTuple):
+    """A training sequence in ids, not yet shifted.
+
+    Attributes:
+        ids: int32.
+        targets: int32, what each position is as a target.
+        weights: float32, of each position as a target.
+        num_bos: leading ids that truncation keeps.
+        stops: the token that should end each trained answer, "" where none is known.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    num_bos: int
+    stops: list[str]
+
+
+class _Block:
+    """Reads a block's rows, encodes their texts together, and cuts them to length."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
+        self.counts = Counts()
+        self._tokenizer, self._encoding = tokenizer, encoding
+        self._bos_ids = _bos_ids(tokenizer, encoding.add_bos)
+        self._origins: dict[int, str] = {}
+        self._text: list[_Sequence] = []
+        self._chat: list[_Sequence] = []
+        self._ids: dict[int, list[_Ids]] = {}
+
+    def read(self, row: int, content: Content, origin: str) -> None:
+        """Takes in a row; a BadRow leaves no trace of it."""
+        if isinstance(content, TokenRow):
+            self._ids[row] = [self._of_tokens(content)]
+        elif isinstance(content, Conversation):
+            rendered = _chat_template(self._tokenizer, self._encoding).render(content, origin)
+            self.counts.unrolled += len(rendered.sequences) > 1
+            self.counts.added_stops += rendered.num_added_stops
+            self.counts.unrendered_reasoning += rendered.num_unrendered
+            for sequence in rendered.sequences:
+                self.counts.examples_with_reasoning += sequence.reasons
+                ends = [False] * len(sequence.turns)
+                self._chat.append(_Sequence(row, sequence.turns, ends, sequence.stops))
+        else:
+            eos = self._tokenizer.eos_token
+            if self._encoding.add_eos:
+                _eos_id(self._tokenizer, self._encoding.add_eos)
+            ends = _ends(content, self._encoding.add_eos)
+            stops = [eos if end else None for end in ends]
+            self._text.append(_Sequence(row, content, ends, stops))
+        self._origins[row] = origin
+
+    def finish(self) -> Part:
+        """Encodes and cuts everything that was read."""
+        self._encode(self._text, self._bos_ids)
+        self._encode(self._chat, [])
+        shifted: list[Shifted] = []
+        rows: list[int] = []
+        for row in sorted(self._ids):
+            fitted = [self._fit(sequence, row) for sequence in self._ids[row]]
+            self._count(self._ids[row], fitted)
+            for one in fitted:
+                shifted += one.parts
+                rows += [row] * len(one.parts)
+        examples = examples_from_parts(shifted)
+        return Part(
+            examples.inputs,
+            examples.targets,
+            examples.weights,
+            examples.lengths_N,
+            np.array(rows, np.int64),
+            self.counts,
         )
-        for sample, dialogue, answer_ends in zip(chunk, dialogues, ends, strict=True):
-            ids, trained = _join(dialogue, sample)
-            fitted = _fit(
-                ids,
-                trained,
-                num_bos=len(dialogue.bos_ids),
-                seq_length=seq_length,
-                truncation_side=truncation_side,
-                over_length=over_length,
-                origin=sample.origin,
+
+    def _encode(self, sequences: list[_Sequence], bos_ids: list[int]) -> None:
+        dialogues = encode_dialogues(
+            [[turn.text for turn in sequence.turns] for sequence in sequences],
+            self._tokenizer,
+            ends=[sequence.ends for sequence in sequences],
+            bos_ids=bos_ids,
+            eos_id=self._tokenizer.eos_token_id,
+        )
+        for sequence, dialogue in zip(sequences, dialogues, strict=True):
+            pieces = [dialogue.bos_ids, *dialogue.pieces]
+            ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int32)
+            turn_weights = [0.0, *(turn.weight for turn in sequence.turns)]
+            weights = np.repeat(np.float32(turn_weights), [len(piece) for piece in pieces])
+            stops = [stop for stop in sequence.stops if stop is not None]
+            self.counts.retokenized_boundaries += dialogue.retokenized
+            self._ids.setdefault(sequence.row, []).append(
+                _Ids(ids, ids, weights, len(dialogue.bos_ids), stops)
             )
-            _count(
-                counts,
-                fitted,
-                num_retokenized=dialogue.retokenized,
-                num_answers=sum(answer_ends),
-                eos_id=eos_id,
-            )
-            parts += fitted.parts
-            origins += [sample.origin] * len(fitted.parts)
-        blocks.append(examples_from_parts(parts))
-    return join_examples(blocks, tokenizer=tokenizer, origins=origins), counts
+
+    def _of_tokens(self, row: TokenRow) -> _Ids:
+        """Ids that came as ids; each run of trained ones is an answer, if any are masked."""
+        stops: list[str] = []
+        if row.is_masked and self._encoding.add_eos:
+            trained = row.weights_T > 0
+            ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
+            known = self._known_stops()
+            stops = [known.get(int(row.targets_T[end]), "") for end in ends if end > 0]
+        return _Ids(row.ids_T, row.targets_T, row.weights_T, 0, stops)
+
+    def _known_stops(self) -> dict[int, str]:
+        """The tokens that may end an answer, by their ids."""
+        chosen = check_stop_tokens(self._encoding.stop_tokens, self._tokenizer)
+        tokens = [*chosen, *([self._tokenizer.eos_token] if self._tokenizer.eos_token else [])]
+        if self._tokenizer.chat_template:
+            tokens += _chat_template(self._tokenizer, self._encoding).stops
+        return {token_id(token, self._tokenizer): token for token in tokens}
+
+    def _fit(self, sequence: _Ids, row: int) -> _Fitted:
+        encoding = self._encoding
+        return _fit(
+            sequence,
+            seq_length=encoding.seq_length,
+            truncation_side=encoding.truncation_side,
+            over_length=encoding.over_length,
+            origin=self._origins[row],
+        )
+
+    def _count(self, sequences: list[_Ids], fitted: list[_Fitted]) -> None:
+        """Counts a row's fate, and looks for its stop tokens in what will be trained."""
+        counts = self.counts
+        fates = [one.fate for one in fitted if one.parts]
+        if not fates:
+            counts.drop(fitted[0].fate)
+            return
+        counts.rows_read += 1
+        counts.kept += 1
+        counts.truncated += "truncated" in fates
+        counts.split += "split" in fates
+        counts.partly_dropped += len(fates) < len(fitted)
+        counts.untrained_chunks += sum(one.num_untrained for one in fitted if one.parts)
+        for sequence, one in zip(sequences, fitted, strict=True):
+            if one.parts and one.fate != "truncated" and sequence.stops:
+                self._count_stops(sequence, one)
+
+    def _count_stops(self, sequence: _Ids, fitted: _Fitted) -> None:
+        expected = [stop for stop in sequence.stops if stop]
+        ids = [token_id(stop, self._tokenizer) for stop in set(expected)]
+        num_stops = sum(
+            int(np.count_nonzero(np.isin(targets, ids) & (weights > 0)))
+            for _, targets, weights in fitted.parts
+        )
+        num_answers, counts = len(sequence.stops), self.counts
+        counts.untruncated_answers += num_answers
+        counts.answers_without_stop += max(num_answers - min(num_stops, len(expected)), 0)
+        counts.rows_with_more_stops += num_stops > num_answers
+        for stop in expected:
+            counts.stop_tokens[stop] = counts.stop_tokens.get(stop, 0) + 1
 
 
 class _Fitted(NamedTuple):
-    """What a sample became: fate is "kept", "truncated", "split" or a reason to drop."""
+    """What a sequence became: fate is "kept", "truncated", "split" or a reason to drop."""
 
     parts: list[Shifted]
     fate: str
     num_untrained: int = 0
+
+
+def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a token that the tokenizer knows by its text."""
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> ChatTemplate:
+    return chat_template(
+        tokenizer,
+        stop_tokens=encoding.stop_tokens,
+        add_eos=encoding.add_eos is not False,
+        kwargs=encoding.template_kwargs,
+    )
 
 
 def _bos_ids(tokenizer: PreTrainedTokenizerBase, add_bos: bool | None) -> list[int]:
@@ -175,33 +457,22 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase, add_eos: AddEos) -> int | None:
 
 def _ends(turns: Sequence[Turn], add_eos: AddEos) -> list[bool]:
     """Where EOS follows: after every trained turn, or after the last of them."""
-    ends = [add_eos is not False and turn.trained for turn in turns]
+    ends = [add_eos is not False and turn.weight > 0 for turn in turns]
     if add_eos == "last":
         ends[:-1] = [False] * (len(ends) - 1)
     return ends
 
 
-def _join(dialogue: Dialogue, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the whole dialogue, and which of them belong to trained turns."""
-    pieces = [dialogue.bos_ids, *dialogue.pieces]
-    ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int32)
-    trained = np.repeat(
-        [False, *(turn.trained for turn in sample.turns)], [len(piece) for piece in pieces]
-    )
-    return ids, trained
-
-
 def _fit(
-    ids: np.ndarray,
-    trained: np.ndarray,
+    sequence: _Ids,
     *,
-    num_bos: int,
     seq_length: int,
     truncation_side: str,
     over_length: str,
     origin: str,
 ) -> _Fitted:
     """Shifts, and brings what is longer than seq_length to length."""
+    ids, targets, weights, num_bos, _ = sequence
     fate, length = "kept", len(ids) - 1
     if length > seq_length:
         if over_length == "error":
@@ -213,58 +484,25 @@ def _fit(
             return _Fitted([], "over_length")
         fate = "split" if over_length == "split" else "truncated"
     if fate == "truncated" and truncation_side == "right":
-        ids, trained = ids[: seq_length + 1], trained[: seq_length + 1]
+        ids, targets, weights = (array[: seq_length + 1] for array in (ids, targets, weights))
     elif fate == "truncated":
         num_tail = max(seq_length + 1 - num_bos, 1)
         cut = len(ids) - num_tail
-        trained = np.concatenate([trained[:num_bos], [False], trained[cut + 1 :]])
-        ids = np.concatenate([ids[:num_bos], ids[cut:]])
-    weights = trained[1:].astype(np.float32)
+        weights = np.concatenate([weights[:num_bos], np.float32([0]), weights[cut + 1 :]])
+        ids, targets = (np.concatenate([a[:num_bos], a[cut:]]) for a in (ids, targets))
+    inputs, targets, weights = ids[:-1], targets[1:], weights[1:]
     chunks = [
-        (
-            ids[lo : lo + seq_length],
-            ids[lo + 1 : lo + 1 + seq_length],
-            weights[lo : lo + seq_length],
-        )
-        for lo in range(0, len(ids) - 1, seq_length)
+        tuple(array[lo : lo + seq_length] for array in (inputs, targets, weights))
+        for lo in range(0, len(inputs), seq_length)
     ]
     parts = [chunk for chunk in chunks if chunk[2].any()]
     if not parts:
         return _Fitted([], "no_trained_token")
-    return _Fitted([(i[: len(w)], t, w) for i, t, w in parts], fate, len(chunks) - len(parts))
-
-
-def _count(
-    counts: Counts,
-    fitted: _Fitted,
-    *,
-    num_retokenized: int,
-    num_answers: int,
-    eos_id: int | None,
-) -> None:
-    """Counts a sample's fate, and looks for its stop tokens in what will be trained."""
-    counts.retokenized_boundaries += num_retokenized
-    if not fitted.parts:
-        counts.drop(fitted.fate)
-        return
-    counts.rows_read += 1
-    counts.kept += 1
-    counts.truncated += fitted.fate == "truncated"
-    counts.split += fitted.fate == "split"
-    counts.untrained_chunks += fitted.num_untrained
-    if eos_id is None or fitted.fate == "truncated":
-        return
-    num_stops = sum(
-        int(np.count_nonzero((targets == eos_id) & (weights > 0)))
-        for _, targets, weights in fitted.parts
-    )
-    counts.untruncated_answers += num_answers
-    counts.answers_without_stop += max(num_answers - num_stops, 0)
-    counts.rows_with_more_stops += num_stops > num_answers
+    return _Fitted(parts, fate, len(chunks) - len(parts))
 
 
 def prompt_ids(
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | Conversation,
     tokenizer: PreTrainedTokenizerBase,
     *,
     add_bos: bool | None = None,
@@ -273,15 +511,61 @@ def prompt_ids(
     """The ids that training put before the answer to this prompt.
 
     Args:
-        prompt: text, or [prompt, output, ..., prompt] texts.
+        prompt: text, or [prompt, output, ..., prompt] texts, or a conversation that ends in
+            a message to answer.
         tokenizer: the tokenizer of the training run.
-        add_bos: as in `tokenize_samples`.
-        add_eos: as in `tokenize_samples`: it decides what ends the outputs inside a
-            longer prompt.
+        add_bos: as in `Encoding`.
+        add_eos: as in `Encoding`: it decides what ends the outputs inside a longer prompt.
 
     Raises:
         ValueError: the prompt does not end in a prompt, or has no token at all.
     """
+    encoding = Encoding(seq_length=1, add_bos=add_bos, add_eos=add_eos)
+    return encode_prompt(prompt, tokenizer, encoding)[0]
+
+
+def encode_prompt(
+    prompt: str | Sequence[str] | Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    *,
+    reasons: bool = False,
+) -> tuple[list[int], str]:
+    """The ids and the text that training put before the answer to this prompt.
+
+    Args:
+        prompt: as for `prompt_ids`.
+        tokenizer: the tokenizer of the training run.
+        encoding: of the training run.
+        reasons: whether the answers of conversations think before they answer.
+
+    Raises:
+        ValueError: the prompt does not end in a prompt, or has no token at all.
+    """
+    if isinstance(prompt, Conversation):
+        texts = _chat_template(tokenizer, encoding).prompt(prompt, "the prompt", reasons=reasons)
+        ends, bos_ids = [False] * len(texts), []
+    else:
+        texts = _prompt_texts(prompt)
+        ends = [encoding.add_eos is True and index % 2 == 1 for index in range(len(texts))]
+        bos_ids = _bos_ids(tokenizer, encoding.add_bos)
+    [dialogue] = encode_dialogues(
+        [texts],
+        tokenizer,
+        ends=[ends],
+        bos_ids=bos_ids,
+        eos_id=_eos_id(tokenizer, encoding.add_eos) if any(ends) else None,
+    )
+    ids = [*dialogue.bos_ids, *itertools.chain.from_iterable(dialogue.pieces)]
+    if not ids:
+        raise ValueError(
+            f"prompt {texts[-1]!r} has no tokens and the tokenizer adds no BOS; pass some text, "
+            "or set tokenizer.add_bos=True"
+        )
+    return ids, "".join(texts)
+
+
+def _prompt_texts(prompt: str | Sequence[str]) -> list[str]:
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     for text in texts:
         if not isinstance(text, str):
@@ -291,21 +575,15 @@ def prompt_ids(
             f"prompt has {len(texts)} texts; pass [prompt, output, ..., prompt], which ends in a "
             "prompt and so has an odd number"
         )
-    ends = [add_eos is True and index % 2 == 1 for index in range(len(texts))]
-    [dialogue] = encode_dialogues(
-        [texts],
-        tokenizer,
-        ends=[ends],
-        bos_ids=_bos_ids(tokenizer, add_bos),
-        eos_id=_eos_id(tokenizer, add_eos) if any(ends) else None,
-    )
-    ids = [*dialogue.bos_ids, *itertools.chain.from_iterable(dialogue.pieces)]
-    if not ids:
-        raise ValueError(
-            f"prompt {texts[-1]!r} has no tokens and the tokenizer adds no BOS; pass some text, "
-            "or set tokenizer.add_bos=True"
-        )
-    return ids
+    return texts
+
+
+def prompt_difference(
+    prompt: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> str | None:
+    """What the template's own generation prompt is, where it differs from training's text."""
+    own = _chat_template(tokenizer, encoding).generation_prompt(prompt, "the prompt")
+    return None if own == text else own
 
 
 def decode_outputs(

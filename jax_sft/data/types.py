@@ -1,9 +1,9 @@
 """What the rooms of the data wing hand to each other: Sample, Example, Batch.
 
 A Sample is one row: text in turns, a conversation, or token ids. An Example is one
-training sequence of ids, already shifted, and a Batch is rows of packed examples. Examples lie in a few flat arrays, so
-that millions of them cost their tokens and no Python objects. Counts says what became
-of every row that was read.
+training sequence of ids, already shifted, and a Batch is rows of packed examples.
+Examples lie in a few flat arrays, so that millions of them cost their tokens and no
+Python objects. Counts says what became of every row that was read.
 """
 
 from __future__ import annotations
@@ -269,24 +269,6 @@ def examples_from_parts(
     )
 
 
-def join_examples(
-    blocks: Sequence[Examples],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    origins: Sequence[str] | None = None,
-) -> Examples:
-    """Lays several Examples end to end."""
-    none = examples_from_parts([])
-    return Examples(
-        np.concatenate([block.inputs for block in [none, *blocks]]),
-        np.concatenate([block.targets for block in [none, *blocks]]),
-        np.concatenate([block.weights for block in [none, *blocks]]),
-        np.cumsum(np.concatenate([[0], *(block.lengths_N for block in blocks)]), dtype=np.int64),
-        tokenizer=tokenizer,
-        origins=origins,
-    )
-
-
 class Batch(NamedTuple):
     """Rows of packed examples; here one row with two examples and a padded tail.
 
@@ -319,6 +301,7 @@ class Counts:
             template rewrites earlier turns.
         dropped: rows that made no example, by reason.
         shown: for each reason, what was wrong with the first few rows.
+        partly_dropped: kept conversations that lost some of their answers.
         untrained_chunks: chunks of split rows that train nothing and were left out.
         retokenized_boundaries: places where the prompt's ids are not a prefix of the ids
             of prompt + output.
@@ -328,7 +311,8 @@ class Counts:
         rows_with_more_stops: rows that train a stop token inside an answer too.
         added_stops: answers whose template writes no stop token, so that EOS was added.
         examples_with_reasoning: examples whose answers think before they answer.
-        unrendered_reasoning: answers whose reasoning the template leaves out.
+        unrendered_reasoning: answers whose reasoning the template leaves out, so that it
+            was put where a plain answer stands.
     """
 
     rows_read: int = 0
@@ -338,6 +322,7 @@ class Counts:
     unrolled: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     shown: dict[str, list[str]] = field(default_factory=dict)
+    partly_dropped: int = 0
     untrained_chunks: int = 0
     retokenized_boundaries: int = 0
     stop_tokens: dict[str, int] = field(default_factory=dict)
