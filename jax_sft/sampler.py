@@ -8,6 +8,9 @@ a token's slot in the cache is its position, and a token sees no later slot than
     prompts            cache slots after prefill    after one more token each
     a b c              a b c .  .  .                a b c x .  .
     d                  d .  .  .  .  .              d y .  .  .  .      (. is never seen)
+
+Where a longer row has other frequencies from its first token on (`DecoderConfig.recompute_from`),
+its part of the cache is computed anew when it becomes longer, as if it were decoded alone.
 """
 
 import dataclasses
@@ -133,8 +136,11 @@ def generate_ids(
             sampling=sampling,
             stop_ids=tuple(int(i) for i in stop_ids),
         )
+        recompute = functools.partial(_recompute_rows, decoder, params, padded, num_batch_shards)
         state, prompt_lens_B = _start(decoder, params, padded, sampling, len(rows))
-        answers += _run(loop, state, prompt_lens_B, len(rows), sampling, should_stop)
+        crossings_B = _crossings(prompt_lens_B, decoder.config.recompute_from)
+        answer_BG = _run(loop, recompute, state, prompt_lens_B, crossings_B, sampling, should_stop)
+        answers += [_written(answer_G) for answer_G in answer_BG[: len(rows)]]
     return [_until_stop(answer, stop_ids) for answer in answers]
 
 
@@ -177,27 +183,68 @@ def _start(
     return state._replace(done_B=jnp.asarray(is_filler_B)), prompt_lens_B
 
 
+def _crossings(prompt_lens_B: np.ndarray, recompute_from: int | None) -> np.ndarray:
+    """After how many new tokens each row's cache is to be computed anew; 0 or less for never."""
+    if recompute_from is None:
+        return np.zeros_like(prompt_lens_B)
+    return recompute_from + 1 - prompt_lens_B
+
+
 def _run(
     loop: Callable,
+    recompute: Callable,
     state: Decoding,
     prompt_lens_B: np.ndarray,
-    num_real: int,
+    crossings_B: np.ndarray,
     sampling: Sampling,
     should_stop: Callable[[list[int]], bool] | None,
-) -> list[list[int]]:
-    interval = STOP_CHECK_INTERVAL if should_stop else sampling.max_new_tokens
-    num_new, done_B = 0, np.zeros(num_real, bool)
-    while num_new < sampling.max_new_tokens and not done_B.all():
-        until = min(num_new + interval, sampling.max_new_tokens)
+) -> np.ndarray:
+    num_most = sampling.max_new_tokens
+    checks = {*range(STOP_CHECK_INTERVAL, num_most, STOP_CHECK_INTERVAL)} if should_stop else set()
+    crossings = {int(number) for number in crossings_B if 0 < number < num_most}
+    for until in sorted({num_most} | checks | crossings):
         state = loop(state, prompt_lens_B, np.int32(until))
         # Replicated, so that every process reads the same answers and takes the same decision.
-        answer_BG, done_B, num_new = jax.device_get((state.answer_BG, state.done_B, state.num_new))
-        if should_stop:
+        answer_BG, done_B = jax.device_get((state.answer_BG, state.done_B))
+        if should_stop and (until in checks or until == num_most):
             done_B = np.array(done_B)
             for row in np.flatnonzero(~done_B):
                 done_B[row] = should_stop(_written(answer_BG[row]))
             state = state._replace(done_B=jnp.asarray(done_B))
-    return [_written(answer_G) for answer_G in answer_BG[:num_real]]
+        if done_B.all():
+            break
+        if until in crossings:
+            state = recompute(state, answer_BG, ~done_B & (crossings_B == until))
+    return answer_BG
+
+
+def _recompute_rows(
+    decoder: Decoder,
+    params: dict,
+    prompts: list,
+    num_batch_shards: int,
+    state: Decoding,
+    answer_BG: np.ndarray,
+    crosses_B: np.ndarray,
+) -> Decoding:
+    """Computes some rows' part of the cache anew, one row of each of the batch's shards at a time.
+
+    Row r of B stands in shard r // (B/N), at r % (B/N), so that no row leaves its devices:
+
+        rows 0 .. 7 on N = 2 shards     0 1 2 3 | 4 5 6 7
+        where 1, 2 and 6 cross          first (1, 5), of which only 1; then (2, 6)
+    """
+    row_len = decoder.config.recompute_from + 1
+    crosses_NM = crosses_B.reshape(num_batch_shards, -1)
+    rows_NM = np.arange(len(crosses_B)).reshape(num_batch_shards, -1)
+    for place in np.flatnonzero(crosses_NM.any(axis=0)):
+        crosses_N = crosses_NM[:, place]
+        tokens_NT = np.zeros((num_batch_shards, row_len), np.int32)
+        for shard in np.flatnonzero(crosses_N):
+            row = rows_NM[shard, place]
+            tokens_NT[shard] = [*prompts[row], *_written(answer_BG[row])]
+        state = _recompute(decoder, params, state, tokens_NT, crosses_N, np.int32(place))
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("sampling",))
@@ -289,6 +336,47 @@ def _decode(
     return state._replace(
         answer_BG=constrain(state.answer_BG, None, None), done_B=constrain(state.done_B, None)
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnames=("state",))
+def _recompute(
+    decoder: Decoder,
+    params: dict,
+    state: Decoding,
+    tokens_NT: jax.Array,
+    crosses_N: jax.Array,
+    place: jax.Array,
+) -> Decoding:
+    """Gives the rows at one place of each shard the cache and logits of a full pass.
+
+    Args:
+        decoder: the module.
+        params: its parameters.
+        state: of the decode loop; its B rows are N shards of B/N.
+        tokens_NT: all tokens so far of the rows that cross.
+        crosses_N: bool, which of them do; the others stay as they are.
+        place: of the rows within their shards.
+    """
+    N, T = tokens_NT.shape
+    L, B, S, K, C = state.cache.keys_LBSKC.shape
+    shape = (L, N, B // N, S, K, C)
+    # What is written to a slot behind the last is dropped.
+    positions_NT = jnp.where(crosses_N[:, None], jnp.arange(T)[None], S)
+    rows = Cache(*(slots_LBSKC.reshape(shape)[:, :, place] for slots_LBSKC in state.cache))
+    hidden_NTD, rows = decoder.apply(
+        {"params": params}, tokens_NT, positions_NT, jnp.ones_like(positions_NT), rows
+    )
+    logits_NV = logits(decoder.config, params, hidden_NTD[:, -1:])[:, 0]
+    cache = Cache(
+        *(
+            old_LBSKC.reshape(shape).at[:, :, place].set(new_LNSKC).reshape(old_LBSKC.shape)
+            for old_LBSKC, new_LNSKC in zip(state.cache, rows, strict=True)
+        )
+    )
+    logits_NMV = state.logits_BV.reshape(N, B // N, -1)
+    logits_NV = jnp.where(crosses_N[:, None], logits_NV, logits_NMV[:, place])
+    logits_BV = logits_NMV.at[:, place].set(logits_NV).reshape(state.logits_BV.shape)
+    return state._replace(cache=cache, logits_BV=logits_BV)
 
 
 def choose_token(

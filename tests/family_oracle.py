@@ -212,23 +212,28 @@ def torch_greedy(folder: Path, *, over_cache: bool) -> tuple[np.ndarray, np.ndar
     Args:
         folder: the model.
         over_cache: feed each token by itself to a model with a cache, else all so far to one
-            without.
+            without; `transformers`' own generate decides where a cache is of no use.
     """
     import torch
 
     answers, all_leads = [], []
     for prompt in PROMPTS:
-        model, ids, leads, cache = torch_model(folder), list(prompt), [], None
-        for _ in range(NUM_NEW):
-            inputs = torch.tensor([ids if cache is None else ids[-1:]])
-            with torch.no_grad():
-                out = model(inputs, past_key_values=cache, use_cache=over_cache)
-            cache = out.past_key_values if over_cache else None
-            best, second = out.logits[0, -1].topk(2).values.tolist()
-            ids.append(int(out.logits[0, -1].argmax()))
-            leads.append(best - second)
-        answers.append(ids[len(prompt) :])
-        all_leads.append(leads)
+        model = torch_model(folder)
+        model.generation_config.eos_token_id = None
+        prompt_1P = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(
+                prompt_1P,
+                attention_mask=torch.ones_like(prompt_1P),  # the pad token is a token too
+                do_sample=False,
+                max_new_tokens=NUM_NEW,
+                use_cache=over_cache,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        answers.append(out.sequences[0, len(prompt) :].tolist())
+        best, second = torch.cat(out.logits).topk(2).values.T.tolist()
+        all_leads.append(np.subtract(best, second))
     return np.array(answers, np.int32), np.array(all_leads)
 
 

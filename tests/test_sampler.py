@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import tiny_gpt2
+from tiny_models import VOCAB_SIZE, draw_params, one_device, tiny_gpt2
 
+from jax_sft import sampler
+from jax_sft.model.causal_lm import CausalLM, Placement
 from jax_sft.sampler import (
     STOP_CHECK_INTERVAL,
     Sampling,
@@ -222,3 +224,120 @@ def test_a_prompt_as_long_as_the_context_allows():
     longest = [1] * (64 - LONG.max_new_tokens)
     [answer] = generate(model(), [longest])
     assert len(answer) == LONG.max_new_tokens
+
+
+# Rows of more than 10 tokens turn all their tokens by other frequencies.
+LONGROPE = dict(
+    model_type="phi3",
+    num_hidden_layers=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=48,
+    original_max_position_embeddings=10,
+    vocab_size=VOCAB_SIZE,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+    rope_parameters=dict(
+        rope_type="longrope",
+        rope_theta=100.0,
+        short_factor=[1.0, 1.1, 1.3, 2.0],
+        long_factor=[4.0, 8.0, 16.0, 32.0],
+        factor=4.0,
+    ),
+)
+# With 8 new tokens each: the first never crosses, then at the 8th (too late to matter), the 6th,
+# the 4th twice and the first; the last is beyond from the start.
+CROSSING = [[9, 4], [3, 1, 5], [8, 30, 17, 4, 25], [2, 7, 1, 8, 2, 8, 1], [3, 1, 4, 1, 5, 9, 2]]
+CROSSING += [list(range(20, 30)), list(range(40, 53))]
+NUM_CROSSING = 8
+
+
+@functools.cache
+def longrope(mesh=None):
+    lm = CausalLM.open(None, fields=LONGROPE, placement=Placement(mesh=mesh or one_device()))
+    lm.params = draw_params(lm)
+    return lm
+
+
+def cross(lm, prompts=CROSSING, *, num_batch_shards=1, **sampling):
+    sampling = Sampling(max_new_tokens=NUM_CROSSING, **sampling)
+    kwargs = dict(stop_ids=(), seed=1, num_batch_shards=num_batch_shards)
+    return generate_ids(lm.decoder, lm.params, prompts, sampling=sampling, **kwargs)
+
+
+def test_rows_that_become_long_decode_as_by_full_passes():
+    """Each alone, without a cache: then every pass turns all tokens by the row's length."""
+    expected = []
+    for prompt in CROSSING:
+        ids = list(prompt)
+        for _ in range(NUM_CROSSING):
+            tokens_1T = np.array([ids + [0] * (24 - len(ids))], np.int32)
+            is_token_1T = (np.arange(24) < len(ids)).astype(np.int32)[None]
+            logits_1TV = longrope()(tokens_1T, np.arange(24)[None], is_token_1T)
+            ids.append(int(logits_1TV[0, len(ids) - 1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert cross(longrope(), do_sample=False) == expected
+
+
+def test_rows_that_become_long_draw_the_same_among_others():
+    drawn = cross(longrope(), temperature=2.0)
+    for row, prompt in enumerate(CROSSING):
+        others = [[1, 2]] * len(CROSSING)
+        others[row] = prompt
+        assert cross(longrope(), others, temperature=2.0)[row] == drawn[row]
+
+
+def test_rows_that_become_long_draw_the_same_on_a_mesh():
+    """Seven rows in four shards of two."""
+    mesh = make_mesh(data=2, fsdp=2, sequence=1, tensor=2)
+    with jax.set_mesh(mesh):
+        got = cross(longrope(mesh), temperature=2.0, num_batch_shards=num_shards(mesh, "batch"))
+    assert got == cross(longrope(), temperature=2.0)
+
+
+def test_rows_that_become_long_are_computed_once_and_stopped_ones_never(monkeypatch):
+    full = cross(longrope(), do_sample=False)
+    rows = []
+    original = sampler._recompute_rows
+
+    def recompute_rows(*args):
+        rows.extend(np.flatnonzero(args[-1]).tolist())
+        return original(*args)
+
+    monkeypatch.setattr(sampler, "_recompute_rows", recompute_rows)
+    cross(longrope(), do_sample=False)
+    assert rows == [5, 3, 4, 2]
+    rows.clear()
+    stopping = Sampling(max_new_tokens=NUM_CROSSING, do_sample=False)
+    stop = full[3][0]
+    lm = longrope()
+    generate_ids(lm.decoder, lm.params, CROSSING, sampling=stopping, stop_ids=[stop], seed=1)
+    long_before = [answer.index(stop) if stop in answer else NUM_CROSSING for answer in full]
+    needed = [11 - len(prompt) for prompt in CROSSING]
+    assert sorted(rows) == [row for row in (2, 3, 4, 5) if long_before[row] >= needed[row]]
+    assert 3 not in rows
+
+
+def test_stop_strings_are_asked_as_often_where_rows_become_long():
+    asked = set()
+    lm = longrope()
+    sampling = Sampling(max_new_tokens=STOP_CHECK_INTERVAL + 3, do_sample=False)
+    generate_ids(
+        lm.decoder,
+        lm.params,
+        CROSSING,
+        sampling=sampling,
+        stop_ids=(),
+        seed=0,
+        should_stop=lambda answer: asked.add(len(answer)),
+    )
+    assert asked == {STOP_CHECK_INTERVAL, STOP_CHECK_INTERVAL + 3}
+
+
+def test_nothing_is_computed_anew_where_no_row_can_become_long(monkeypatch):
+    monkeypatch.setattr(sampler, "_recompute", None)
+    assert generate(model()) == unstopped()
+    assert cross(longrope(), [[9, 4], list(range(40, 53))], do_sample=False)

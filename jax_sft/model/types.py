@@ -142,6 +142,9 @@ class DecoderConfig:
         embed_norm: a norm follows the embeddings.
         positions: what is added to the embeddings: "learned", "sinusoidal" or "none".
         position_offset: unused entries at the start of those positions.
+        recompute_from: a row that becomes longer than this while it is generated has its cached
+            keys and values computed anew, since longer rows have other rotary positions from
+            their first token on; None for never.
 
         attention_scale: factor on q·k.
         scale_by_layer: also divide q·k by the layer's number, from 1.
@@ -192,6 +195,7 @@ class DecoderConfig:
     embed_norm: bool = False
     positions: str = "none"
     position_offset: int = 0
+    recompute_from: int | None = None
 
     attention_scale: float = 1.0
     scale_by_layer: bool = False

@@ -28,6 +28,9 @@ def decoder_config(config: Any) -> DecoderConfig:
     return dataclasses.replace(
         llama.without_biases(config, (layer,) * config.num_hidden_layers),
         residual_dropout=config.resid_pdrop,
+        # As in `Phi3ForCausalLM.prepare_inputs_for_generation`; other families with LongRoPE, and
+        # any with dynamic NTK scaling, keep in `transformers` the keys that they have cached.
+        recompute_from=rotary.long_from,
     )
 
 
