@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     num_rows = saved["leaves"]["params/embed/tokens"]["shape"][0]  # padded for the run's mesh
     model.decoder = model.decoder.clone(vocab_padding=num_rows - decoder.vocab_size)
     model.source_dtypes = saved["data"]["source_dtypes"]
+    model.generation_config.eos_token_id = saved["data"]["stop_ids"] or None
     like = {"params": model.param_structs()}
     model.params = checkpoints.restore(step, like, part="params/")["params"]
     model.save_pretrained(args.output, dtype=args.dtype)

@@ -1,7 +1,8 @@
 """python -m jax_sft.generate --model=DIR --prompt=TEXT [--prompt=...]: prompts a model.
 
 In: a `transformers` folder, such as a run's hf_model, and prompts. Out: each prompt with its
-output. Sampling is what `--max_new_tokens` and its like say; without a word it is greedy.
+output, and with --chat the answer alone. Sampling is what `--max_new_tokens` and its like say;
+without a word it is greedy.
 """
 
 import argparse
@@ -19,6 +20,9 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m jax_sft.generate", description=__doc__)
     parser.add_argument("--model", required=True, help="a transformers folder, or a hub name")
     parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts are a user's messages, for the chat template"
+    )
     parser.add_argument("--stop", action="append", default=[], help="a string that ends an output")
     parser.add_argument("--max_new_tokens", type=int, default=40)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -30,8 +34,11 @@ def main(argv: Sequence[str]) -> None:
     from jax_sft.model.causal_lm import CausalLM  # after --help: it takes seconds
 
     model = CausalLM.from_pretrained(args.model)
+    prompts = args.prompt
+    if args.chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
     outputs = model.generate(
-        args.prompt,
+        prompts,
         stop_sequences=args.stop,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
@@ -41,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         repetition_penalty=args.repetition_penalty,
     )
     for prompt, output in zip(args.prompt, outputs, strict=True):
-        print(f"{prompt}{output}")
+        print(output if args.chat else f"{prompt}{output}")
 
 
 if __name__ == "__main__":

@@ -4,31 +4,51 @@ In: the config and what was passed to `train(...)`, which wins over the config. 
 checked. Leaves take plain values; here, and in `train.py`, the config is unpacked for them.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jax_sft.config import SFTConfig, default_sft_config
 from jax_sft.data.samples import load_eval_prompts, load_function, load_samples, read_samples
 from jax_sft.data.tokenization import (
+    Encoding,
     check_stop_sequences,
+    encode_prompt,
     load_tokenizer,
-    prompt_ids,
+    prompt_difference,
     tokenize_samples,
 )
-from jax_sft.data.types import Counts, Examples, Sample
+from jax_sft.data.types import (
+    Conversation,
+    Counts,
+    Examples,
+    ExampleSet,
+    Samples,
+    Source,
+    join_examples,
+)
 from jax_sft.evaluate import MetricFn
 from jax_sft.model.adapter_files import base_model, is_adapter_folder
 
 
 class Prompts(NamedTuple):
-    """Prompts to watch: their text, their ids, and what else each came with."""
+    """Prompts to watch.
+
+    Attributes:
+        texts: as the model sees them.
+        ids: the exact prefix of training's ids.
+        metadata: what else each came with.
+        note: how the chat template's own prompt differs from training's, where it does.
+    """
 
     texts: list[str]
     ids: list[list[int]]
     metadata: dict[str, list]
+    note: str | None = None
 
 
 class Inputs(NamedTuple):
@@ -36,20 +56,16 @@ class Inputs(NamedTuple):
 
     Attributes:
         tokenizer: of the model.
-        examples: what is trained.
-        counts: what became of the samples.
-        eval_examples: held-out samples, or None.
-        eval_counts: what became of them, or None.
+        train: what is trained, and what became of the rows that it was made of.
+        evals: held-out sets by name; one without a name is called "".
         prompts: to generate from, or None.
         metric_fn: scores outputs, or None.
         stop_sequences: strings that end an output.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    examples: Examples
-    counts: Counts
-    eval_examples: Examples | None
-    eval_counts: Counts | None
+    train: ExampleSet
+    evals: dict[str, ExampleSet]
     prompts: Prompts | None
     metric_fn: MetricFn | None
     stop_sequences: tuple[str, ...]
@@ -75,18 +91,18 @@ def tokenize(
         ValueError: a sample is not as it must be.
     """
     config = default_sft_config() if config is None else config
-    return _tokenize(config, _read(config, samples), tokenizer)[0]
+    return _tokenize(config, read_samples(samples, **_reading(config)), tokenizer)[0]
 
 
 def load_inputs(
     config: SFTConfig,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    samples: Any,
-    eval_samples: Any,
-    eval_prompts: Any,
-    metric_fn: MetricFn | None,
-    stop_sequences: Sequence[str],
+    samples: Any = None,
+    eval_samples: Any = None,
+    eval_prompts: Any = None,
+    metric_fn: MetricFn | None = None,
+    stop_sequences: Sequence[str] = (),
 ) -> Inputs:
     """Reads and tokenizes all that a run is given; what is None comes from the config.
 
@@ -99,29 +115,17 @@ def load_inputs(
             "no samples: pass samples=[...], or set data.train to a file, a hub name or "
             "module:function"
         )
-    if samples is None and eval_samples is None and config.data.eval == config.data.train:
-        raise ValueError(
-            f"data.eval is {config.data.eval!r}, as data.train is, so that it would measure what "
-            "was trained: set it to held-out samples, or None"
-        )
-    prompts = _load_prompts(config, eval_prompts, tokenizer)
+    if samples is None and eval_samples is None:
+        _check_held_out(config)
     if metric_fn is None and config.data.metric_fn is not None:
         metric_fn = load_function(config.data.metric_fn)
-    train_samples = _load(config, samples, config.data.train)
-    examples, counts = _tokenize(config, train_samples, tokenizer)
-    eval_examples = eval_counts = None
-    if eval_samples is not None or config.data.eval is not None:
-        held_out = _load(config, eval_samples, config.data.eval)
-        eval_examples, eval_counts = _tokenize(config, held_out, tokenizer)
-        if not len(eval_examples):
-            raise ValueError("no eval sample has a trained token: pass others, or none")
+    prompts = _find_prompts(config, eval_prompts, tokenizer)
+    train = _load_train(config, samples, tokenizer)
     return Inputs(
         tokenizer=tokenizer,
-        examples=examples,
-        counts=counts,
-        eval_examples=eval_examples,
-        eval_counts=eval_counts,
-        prompts=prompts,
+        train=train,
+        evals=_load_evals(config, eval_samples, tokenizer),
+        prompts=None if prompts is None else _encode_prompts(config, *prompts, tokenizer, train),
         metric_fn=metric_fn,
         stop_sequences=tuple(stop_sequences) or tuple(config.data.stop_sequences),
     )
@@ -166,42 +170,135 @@ def _tokenizer_home(model_path: str) -> str | Path:
     return model_path
 
 
-def _load(config: SFTConfig, samples: Any, source: str | None) -> Sequence[Sample]:
+def _check_held_out(config: SFTConfig) -> None:
+    data = config.data
+    trained = {source for source, _ in _mixture(data.train)}
+    same_split = data.eval_split in (None, data.split)
+    for source in _named(data.eval).values():
+        if source in trained and same_split:
+            raise ValueError(
+                f"data.eval is {source!r}, as data.train is, so that it would measure what "
+                "was trained: set it to held-out samples, data.eval_split to another split of a "
+                "hub dataset, or None"
+            )
+
+
+def _mixture(train: str | Sequence) -> list[tuple[str, float]]:
+    """The sources of config.data.train, and how often an epoch sees each."""
+    items = [train] if isinstance(train, str) else train or ()
+    return [(item, 1.0) if isinstance(item, str) else (item[0], item[1]) for item in items]
+
+
+def _named(evals: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if evals is None:
+        return {}
+    return dict(evals) if isinstance(evals, Mapping) or hasattr(evals, "items") else {"": evals}
+
+
+def _load_train(config: SFTConfig, samples: Any, tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
     if samples is not None:
-        return _read(config, samples)
+        return _example_set(config, [(_read(config, samples), 1.0)], tokenizer)
+    data = config.data
+    loaded = [
+        (_load(config, source, split=data.split), times) for source, times in _mixture(data.train)
+    ]
+    return _example_set(config, loaded, tokenizer)
+
+
+def _load_evals(
+    config: SFTConfig, eval_samples: Any, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, ExampleSet]:
+    data = config.data
+    if eval_samples is not None:
+        named = eval_samples if isinstance(eval_samples, dict) else {"": eval_samples}
+        loaded = {name: _read(config, samples) for name, samples in named.items()}
+    else:
+        split = data.eval_split or data.split
+        loaded = {
+            name: _load(config, source, split=split) for name, source in _named(data.eval).items()
+        }
+    evals = {}
+    for name, samples in loaded.items():
+        evals[name] = _example_set(config, [(samples, 1.0)], tokenizer)
+        if not len(evals[name].examples):
+            raise ValueError(
+                f"no eval sample{f' of {name}' if name else ''} has a trained token: pass others, "
+                "or none"
+            )
+    return evals
+
+
+def _example_set(
+    config: SFTConfig, loaded: list[tuple[Samples, float]], tokenizer: PreTrainedTokenizerBase
+) -> ExampleSet:
+    """Tokenizes each source, and lays its examples out as often as an epoch sees them."""
+    blocks, sources, total = [], [], Counts()
+    for index, (samples, times) in enumerate(loaded):
+        examples, counts = _tokenize(config, samples, tokenizer)
+        blocks.append(_repeated(examples, times, seed=(config.train.seed, index)))
+        sources.append(Source(samples.source, samples.format, times, counts))
+        total.add(counts)
+    if len(blocks) == 1:
+        return ExampleSet(blocks[0], total, tuple(sources))
+    origins = [origin for block in blocks for origin in block.origins]
+    joined = join_examples(blocks, tokenizer=tokenizer, origins=origins)
+    return ExampleSet(joined, total, tuple(sources))
+
+
+def _repeated(examples: Examples, times: float, *, seed: tuple[int, int]) -> Examples:
+    """The examples so many times; a fraction is drawn by the seed, the same on every host."""
+    if times == 1:
+        return examples
+    num_whole, share = divmod(times, 1)
+    num_drawn = round(share * len(examples))
+    drawn = np.random.default_rng(seed).permutation(len(examples))[:num_drawn]
+    whole = np.tile(np.arange(len(examples)), int(num_whole))
+    return examples.take(np.concatenate([whole, np.sort(drawn)]))
+
+
+def _load(config: SFTConfig, source: str, *, split: str) -> Samples:
     data = config.data
     return load_samples(
-        source, split=data.split, format=data.format, num_proc=data.num_proc, **_fields(config)
+        source, split=split, format=data.format, num_proc=data.num_proc, **_reading(config)
     )
 
 
-def _read(config: SFTConfig, samples: Any) -> Sequence[Sample]:
-    return read_samples(samples, **_fields(config))
+def _read(config: SFTConfig, samples: Any) -> Samples:
+    return read_samples(samples, **_reading(config))
 
 
-def _fields(config: SFTConfig) -> dict[str, Any]:
-    names = ("text_field", "prompt_field", "output_field", "messages_field")
-    names += ("template", "filter", "max_samples")
+def _reading(config: SFTConfig) -> dict[str, Any]:
+    """The options that decide what a row holds."""
+    names = ("row_format", "text_field", "prompt_field", "output_field", "messages_field")
+    names += ("template", "filter", "max_samples", "train_turns")
     return {name: config.data[name] for name in names}
 
 
-def _tokenize(
-    config: SFTConfig, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Counts]:
-    return tokenize_samples(
-        samples,
-        tokenizer,
+def encoding_of(config: SFTConfig) -> Encoding:
+    """The options that decide the ids and masks of rows."""
+    tokenizer, data = config.tokenizer, config.data
+    return Encoding(
         seq_length=config.train.seq_length,
-        truncation_side=config.tokenizer.truncation_side,
-        add_bos=config.tokenizer.add_bos,
-        add_eos=config.tokenizer.add_eos,
-        over_length=config.data.over_length,
+        truncation_side=tokenizer.truncation_side,
+        add_bos=tokenizer.add_bos,
+        add_eos=tokenizer.add_eos,
+        over_length=data.over_length,
+        stop_tokens=tuple(tokenizer.stop_tokens),
+        template_kwargs=json.dumps(tokenizer.chat_template_kwargs.to_dict(), sort_keys=True),
+        on_bad_row=data.on_bad_row,
     )
 
 
-def _load_prompts(
+def _tokenize(
+    config: SFTConfig, samples: Samples, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Examples, Counts]:
+    return tokenize_samples(samples, tokenizer, encoding_of(config))
+
+
+def _find_prompts(
     config: SFTConfig, eval_prompts: Any, tokenizer: PreTrainedTokenizerBase
-) -> Prompts | None:
+) -> tuple[list, dict[str, list]] | None:
+    """The prompts to watch and their metadata, before the data is read: a bad one is quick."""
     source = config.data.eval_prompts if eval_prompts is None else eval_prompts
     if source is None:  # trlX's default: what the model says of itself
         if tokenizer.bos_token is None:
@@ -215,14 +312,47 @@ def _load_prompts(
         raise ValueError(
             f"eval prompts have a key {taken[0]!r}, which metric_fn is given already: rename it"
         )
-    ids = [
-        prompt_ids(
-            prompt,
-            tokenizer,
-            add_bos=config.tokenizer.add_bos,
-            add_eos=config.tokenizer.add_eos,
-        )
-        for prompt in prompts
-    ]
-    texts = [prompt if isinstance(prompt, str) else "".join(prompt) for prompt in prompts]
-    return Prompts(texts, ids, metadata)
+    return prompts, metadata
+
+
+def read_prompts(
+    config: SFTConfig, prompts: Any, tokenizer: PreTrainedTokenizerBase, train: ExampleSet
+) -> Prompts:
+    """Reads prompts, and encodes them as training encoded what stands before an answer.
+
+    Args:
+        config: the run's config.
+        prompts: as `load_eval_prompts` takes them.
+        tokenizer: the run's.
+        train: what was trained.
+
+    Raises:
+        ValueError: a prompt is not as it must be.
+    """
+    return _encode_prompts(config, *load_eval_prompts(prompts), tokenizer, train)
+
+
+def _encode_prompts(
+    config: SFTConfig,
+    prompts: list[str | list[str] | Conversation],
+    metadata: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    train: ExampleSet,
+) -> Prompts:
+    encoding = encoding_of(config)
+    reasons = 2 * train.counts.examples_with_reasoning > len(train.examples)
+    encoded = [encode_prompt(prompt, tokenizer, encoding, reasons=reasons) for prompt in prompts]
+    note = None
+    for prompt, (_, text) in zip(prompts, encoded, strict=True):
+        if note is None and isinstance(prompt, Conversation):
+            own = prompt_difference(prompt, text, tokenizer, encoding)
+            if own is not None:
+                note = (
+                    f"as training has them, ending in {_end(text)}; add_generation_prompt would "
+                    f"end in {_end(own)}"
+                )
+    return Prompts([text for _, text in encoded], [ids for ids, _ in encoded], metadata, note)
+
+
+def _end(text: str) -> str:
+    return repr(text[-40:])

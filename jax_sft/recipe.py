@@ -109,7 +109,7 @@ def check_inputs(config: SFTConfig, model: CausalLM, inputs: Inputs) -> None:
     """
     _check_best_metric(config, inputs)
     decoder = model.decoder.config
-    examples = [some for some in (inputs.examples, inputs.eval_examples) if some is not None]
+    examples = [inputs.train.examples, *(held_out.examples for held_out in inputs.evals.values())]
     largest = max(
         (int(part.max()) for some in examples for part in (some.inputs, some.targets) if part.size),
         default=0,
@@ -145,7 +145,7 @@ def _check_best_metric(config: SFTConfig, inputs: Inputs) -> None:
     name, _ = split_best_metric(config.train.best_metric)
     is_scored = inputs.prompts is not None and inputs.metric_fn is not None
     remedies = {
-        "eval/": (inputs.eval_examples is not None, "pass eval_samples or set data.eval"),
+        "eval/": (bool(inputs.evals), "pass eval_samples or set data.eval"),
         "metrics/": (is_scored, "pass eval_prompts and a metric_fn"),
     }
     for start, (is_measured, remedy) in remedies.items():

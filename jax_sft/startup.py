@@ -38,6 +38,7 @@ def print_start(
     num_steps: int,
     steps_per_epoch: int,
     data_report: dict[str, Any],
+    note: str | None = None,
 ) -> None:
     """Prints devices, precision, model, batch, steps and the data report.
 
@@ -47,7 +48,8 @@ def print_start(
         trained: whether a parameter is trained, by its path.
         num_steps: steps of the whole run.
         steps_per_epoch: steps of its first epoch.
-        data_report: what `data.report.data_report` returned.
+        data_report: what `data.report.run_report` returned.
+        note: what is to be said of the eval prompts.
     """
     numerics, train = model.decoder.numerics, config.train
     num_parts = train.batch_size // (train.minibatch_size or train.batch_size)
@@ -73,10 +75,12 @@ def print_start(
     say("steps", f"{num_steps:,} ({steps_per_epoch:,} an epoch)")
     if peak_flops(model) is not None:
         say("mfu", flops.FORMULA)
+    if note is not None:
+        say("prompts", note)
     if jax.process_index() == 0:
         print_report(data_report)
-        if "eval" in data_report:
-            print_report(data_report["eval"], title="eval data")
+        for name, report in data_report.get("eval", {}).items():
+            print_report(report, title=f"eval data {name}".rstrip())
 
 
 def _trained_part(config: SFTConfig, model: CausalLM) -> str:

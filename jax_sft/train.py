@@ -20,9 +20,9 @@ from jax_sft.checkpoint import Checkpoints
 from jax_sft.config import SFTConfig, default_sft_config
 from jax_sft.config_keys import shortened
 from jax_sft.data.batches import prefetch
-from jax_sft.data.report import data_report
+from jax_sft.data.report import check_stop_tokens, run_report
 from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
-from jax_sft.inputs import Inputs, find_tokenizer, load_inputs
+from jax_sft.inputs import Inputs, find_tokenizer, load_inputs, read_prompts
 from jax_sft.interrupt import STOPPED, sigterm_asks_to_stop
 from jax_sft.model.causal_lm import ADAPTER, CausalLM
 from jax_sft.model.pretrained import by_path
@@ -79,15 +79,18 @@ def train(
 
     Args:
         model_path: hub name or folder; None: config.model.model_path.
-        samples: a sequence of strings, or of [prompt, output, prompt, output, ...] lists, or a
-            `datasets.Dataset`; None: config.data.train.
-        eval_prompts: strings, or dicts with "prompt" and metadata; None: config.data.eval_prompts,
-            and without those the tokenizer's BOS, if it has one; []: none.
+        samples: a sequence of strings, of [prompt, output, prompt, output, ...] lists, of
+            conversations (lists of messages) or of rows with fields, or a `datasets.Dataset`;
+            None: config.data.train.
+        eval_prompts: strings, conversations, or dicts with "prompt" and metadata; None:
+            config.data.eval_prompts, and without those the tokenizer's BOS, if it has one; []:
+            none.
         metric_fn: metric_fn(samples=, prompts=, outputs=, **metadata) -> {name: numbers}, one
             number a sample or one for all; None: config.data.metric_fn.
         config: None for `default_sft_config()`; it is not changed.
         stop_sequences: strings that end an output; none: config.data.stop_sequences.
-        eval_samples: held-out samples for eval/loss; None: config.data.eval.
+        eval_samples: held-out samples for eval/loss, or {name: samples} for eval/name/loss;
+            None: config.data.eval.
         tokenizer: None loads config.tokenizer.tokenizer_path, or the model's own.
         reward_fn: refused, as are the next three: in trlX they ask for other methods than SFT.
         rewards: refused.
@@ -145,17 +148,17 @@ class SFTTrainer:
         self.config, self.model, self.inputs = config, model, inputs
         # Resolved once: a renamed folder takes "." and what links point to along with it.
         self.run_dir = Path(config.train.checkpoint_dir).resolve()
-        self._batches = make_batches(config, inputs.examples)
+        self._batches = make_batches(config, inputs.train.examples)
         self._row_sharding = named_sharding(model.mesh, "batch", "tokens")
         self.num_steps = min(self._batches.num_steps, config.train.total_steps)
-        self.data_report = data_report(
-            inputs.examples,
-            inputs.counts,
+        self.data_report = run_report(
+            inputs.train,
+            inputs.evals,
             plan=self._batches.plan(0),
             steps_per_epoch=self._batches.steps_in_epoch(0),
         )
-        if inputs.eval_examples is not None:
-            self.data_report["eval"] = data_report(inputs.eval_examples, inputs.eval_counts)
+        check_stop_tokens(inputs.train.counts)
+        model.stop_at(inputs.train.counts.stop_tokens)
         self._best: float | None = None
 
     @property
@@ -211,16 +214,17 @@ class SFTTrainer:
         """Measures the model as it is now.
 
         Returns:
-            eval/loss and eval/perplexity where there are eval samples; metrics/... where there
+            eval/loss and eval/perplexity where there are eval samples, eval/name/... where they
+            have names; metrics/... where there
             are prompts and a metric_fn; seconds under time/...
         """
         return self._measure()[0]
 
-    def generate(self, prompts: Sequence[str], **gen_kwargs: Any) -> list[str]:
+    def generate(self, prompts: Sequence[str | Sequence], **gen_kwargs: Any) -> list[str]:
         """Continues each prompt with the model as it is now.
 
         Args:
-            prompts: texts, or [prompt, output, ..., prompt] texts.
+            prompts: texts, [prompt, output, ..., prompt] texts, or conversations.
             **gen_kwargs: over those of config.method.gen_kwargs, such as max_new_tokens=40.
 
         Returns:
@@ -228,13 +232,13 @@ class SFTTrainer:
         """
         configured = self.config.method.gen_kwargs.to_dict()
         fixed = {k: v for k, v in configured.items() if not isinstance(v, list)}
-        return self.model.generate(
-            prompts,
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the string {shortened(prompts)}: pass a list of strings")
+        return self.model.generate_from_ids(
+            read_prompts(self.config, prompts, self.inputs.tokenizer, self.inputs.train).ids,
             stop_sequences=self.inputs.stop_sequences,
             seed=self.config.train.seed,
-            add_bos=self.config.tokenizer.add_bos,
-            add_eos=self.config.tokenizer.add_eos,
-            **(fixed | gen_kwargs),
+            gen_kwargs=fixed | gen_kwargs,
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> None:
@@ -267,6 +271,7 @@ class SFTTrainer:
             num_steps=self.num_steps,
             steps_per_epoch=self._batches.steps_in_epoch(0),
             data_report=self.data_report,
+            note=None if self.inputs.prompts is None else self.inputs.prompts.note,
         )
         # Weights before the compiler: a bad folder is known in seconds.
         update = make_update(config, model, num_steps=self.num_steps)
@@ -362,12 +367,12 @@ class SFTTrainer:
         config, inputs, model = self.config, self.inputs, self.model
         metrics: dict[str, float] = {}
         tables: list[Table] = []
-        if inputs.eval_examples is not None:
-            batches = make_eval_batches(config, inputs.eval_examples)
+        for name, held_out in inputs.evals.items():
+            batches = make_eval_batches(config, held_out.examples)
             placed = (batches.place(i, self._row_sharding) for i in range(batches.num_steps))
             with jax.set_mesh(model.mesh):
                 sums = functools.partial(_eval_sums, model.decoder, model.params)
-                metrics |= evaluate_loss(sums, placed, name="eval")
+                metrics |= evaluate_loss(sums, placed, name=f"eval/{name}" if name else "eval")
         if inputs.prompts is not None:
             scores, tables = evaluate_prompts(
                 lambda gen_kwargs: model.generate_from_ids(
@@ -425,6 +430,7 @@ class SFTTrainer:
                 "trained_tokens": self._progress.num_trained,
                 "best": self._best,
                 "source_dtypes": self.model.source_dtypes,
+                "stop_ids": self.model.stop_ids,
                 "has_optimizer": has_optimizer,
             }
             saved = state if has_optimizer else state._replace(opt_state=())
@@ -439,7 +445,8 @@ class SFTTrainer:
         if self._best is not None:
             say("saved", f"{folder / BEST} (the best by {self.config.train.best_metric})")
         say("saved", f"{folder / METRICS}, {folder / CHECKPOINTS} (to resume)")
-        prompt = f"--model={folder / FINAL} --prompt={self._example()}"
+        is_chat = self.inputs.train.sources[0].format in ("messages", "sharegpt")
+        prompt = f"--model={folder / FINAL} {'--chat ' * is_chat}--prompt={self._example()}"
         say("try it", f"python -m jax_sft.generate {prompt}")
 
     def _example(self) -> str:

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         metric_fn=None,
         stop_sequences=(),
     )
-    batches = make_batches(config, inputs.examples)
+    batches = make_batches(config, inputs.train.examples)
     plan = batches.plan(0)
     data_seconds = time.perf_counter() - start
     update = make_update(config, model, num_steps=batches.num_steps)

@@ -3,6 +3,7 @@
 import pytest
 from small_tokenizers import metaspace, packaged_bytes
 from tiny_runs import SAMPLES, tiny_config
+from transformers import AutoTokenizer
 
 import jax_sft
 from jax_sft.config import BYTE_TOKENIZER
@@ -32,9 +33,9 @@ def test_arguments_win_over_the_config(tmp_path):
         ),
     )
     from_config = load(config, samples=None)
-    assert "from the file" in from_config.examples[0].text()
-    assert "held out" in from_config.eval_examples[0].text()
-    assert from_config.eval_counts.kept == 1
+    assert "from the file" in from_config.train.examples[0].text()
+    assert "held out" in from_config.evals[""].examples[0].text()
+    assert from_config.evals[""].counts.kept == 1
     assert from_config.prompts.texts == ["asked"]
     assert from_config.stop_sequences == ("stop",)
     assert from_config.metric_fn(4.0) == 2.0
@@ -47,8 +48,8 @@ def test_arguments_win_over_the_config(tmp_path):
         metric_fn=len,
         stop_sequences=["d"],
     )
-    assert passed.examples[0].text().startswith("a")
-    assert passed.eval_examples[0].text().startswith("b")
+    assert passed.train.examples[0].text().startswith("a")
+    assert passed.evals[""].examples[0].text().startswith("b")
     assert (passed.prompts.texts, passed.stop_sequences) == (["c"], ("d",))
     assert passed.metric_fn is len
 
@@ -122,3 +123,121 @@ def test_eval_samples_without_a_trained_token_are_refused():
     config = tiny_config("run")
     with pytest.raises(ValueError, match="no eval sample has a trained token"):
         load(config, eval_samples=[["a" * 40, "b"]])
+
+
+def texts_of(example_set):
+    return [example.text() for example in example_set.examples]
+
+
+def write_lines(folder, name, *lines):
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return str(folder / name)
+
+
+def test_a_mixture_sees_each_source_as_often_as_it_says(tmp_path):
+    many = write_lines(tmp_path, "many.txt", *(f"many {n}" for n in range(10)))
+    few = write_lines(tmp_path, "few.txt", "few 0", "few 1")
+    once = write_lines(tmp_path, "once.txt", "once 0")
+    config = tiny_config("run", data=dict(train=[[many, 0.5], [few, 2.5], once]))
+    train = load(config, samples=None).train
+    texts = [text.removesuffix("<|endoftext|>") for text in texts_of(train)]
+    assert sum("many" in text for text in texts) == 5 == len(set(texts) - {"few 0", "few 1"}) - 1
+    assert sorted(texts.count(f"few {n}") for n in range(2)) == [2, 3]
+    assert texts.count("once 0") == 1
+    assert [(source.name, source.times) for source in train.sources] == [
+        (many, 0.5),
+        (few, 2.5),
+        (once, 1.0),
+    ]
+    assert (train.counts.rows_read, train.counts.kept) == (13, 13)
+    again = load(config, samples=None).train
+    assert texts_of(again) == texts_of(train), "drawn by the seed"
+    other = load(config.evolve(train=dict(seed=7)), samples=None).train
+    assert texts_of(other) != texts_of(train)
+    origins = {example.origin for example in train.examples}
+    assert "few.txt line 2" in origins and "once.txt line 1" in origins
+
+
+def test_eval_sets_have_names(tmp_path):
+    held_out = {name: write_lines(tmp_path, f"{name}.txt", name) for name in ("easy", "hard")}
+    from_config = load(tiny_config("run", data=dict(eval=held_out)))
+    assert {name: texts_of(one)[0][:4] for name, one in from_config.evals.items()} == {
+        "easy": "easy",
+        "hard": "hard",
+    }
+    passed = load(tiny_config("run"), eval_samples={"mine": ["own"]})
+    assert list(passed.evals) == ["mine"]
+    with pytest.raises(ValueError, match="no eval sample of mine has a trained token"):
+        load(tiny_config("run"), eval_samples={"mine": [["a" * 40, "b"]]})
+
+
+def test_another_split_of_the_training_data_measures(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_lines(folder, "train.jsonl", '{"text": "seen"}')
+    write_lines(folder, "test.jsonl", '{"text": "unseen"}')
+    data = dict(train=str(folder), eval=str(folder), eval_split="test")
+    held_out = load(tiny_config("run", data=data), samples=None).evals[""]
+    assert texts_of(held_out)[0].startswith("unseen")
+    with pytest.raises(ValueError, match="data.eval_split"):
+        load(tiny_config("run", data=data | dict(eval_split=None)), samples=None)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer(template=CHATML):
+    tokenizer = AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
+    tokens = ["<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def test_a_conversation_is_trained_from_its_eval_prompt_on():
+    tokenizer = chat_tokenizer()
+    config = tiny_config("run", train=dict(seq_length=128))
+    given = dict(samples=[CHAT], eval_prompts=[CHAT[:1]])
+    inputs = load(config, tokenizer, **given)
+    [example] = inputs.train.examples
+    prompt, [prompt_ids] = inputs.prompts.texts[0], inputs.prompts.ids
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert example.ids[: len(prompt_ids)] == prompt_ids
+    trained = example.targets_T[example.weights_T > 0]
+    assert tokenizer.decode(trained) == "Hello<|im_end|>"
+    assert inputs.train.counts.stop_tokens == {"<|im_end|>": 1}
+    assert inputs.prompts.note is None
+    own = CHATML.replace("assistant\n'", "assistant'")
+    note = load(config, chat_tokenizer(own), **given).prompts.note
+    assert note.endswith(
+        "add_generation_prompt would end in " + repr(prompt.removesuffix("\n")[-40:])
+    )
+
+
+def test_the_options_of_the_config_reach_the_chat_template():
+    template = CHATML.replace("{% for", "{{ motto }}{% for", 1)
+    config = tiny_config(
+        "run",
+        train=dict(seq_length=128),
+        tokenizer=dict(chat_template_kwargs=dict(motto="Be kind."), stop_tokens=["<|endoftext|>"]),
+    )
+    inputs = load(config, chat_tokenizer(template), samples=[CHAT], eval_prompts=[CHAT[:1]])
+    assert inputs.prompts.texts[0].startswith("Be kind.<|im_start|>user")
+    assert inputs.train.counts.stop_tokens == {"<|endoftext|>": 1}
+
+
+def test_bad_rows_are_errors_or_counted():
+    rows = ["good", "", "good too"]
+    with pytest.raises(ValueError, match=r"samples\[1\] is empty"):
+        load(tiny_config("run"), samples=rows)
+    train = load(tiny_config("run", data=dict(on_bad_row="skip")), samples=rows).train
+    assert (train.counts.rows_read, train.counts.kept) == (3, 2)
+    assert train.counts.dropped == {"empty_text": 1}
+    assert "samples[1] is empty" in train.counts.shown["empty_text"][0]
+    assert [example.origin for example in train.examples] == ["samples[0]", "samples[2]"]

@@ -73,7 +73,7 @@ def test_a_step_changes_what_trains_and_nothing_else(num_layers_unfrozen):
     update = make_update(config, model, num_steps=4)
     take_step, seconds = compile_step(config, model, update)
     assert seconds > 0
-    batch = make_batches(config, inputs.examples).place(
+    batch = make_batches(config, inputs.train.examples).place(
         0, named_sharding(model.mesh, "batch", "tokens")
     )
     state, metrics = take_step(update.init(model.params), batch)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from jax_sft.data.samples import read_samples
 from jax_sft.data.tokenization import (
+    Encoding,
     check_stop_sequences,
     decode_outputs,
     load_tokenizer,
@@ -28,7 +29,9 @@ EOS = 256  # of the packaged byte tokenizer, whose other ids are bytes
 
 def tokenize(samples, tokenizer=None, *, seq_length=64, **options):
     tokenizer = tokenizer or packaged_bytes()
-    return tokenize_samples(read_samples(samples), tokenizer, seq_length=seq_length, **options)
+    return tokenize_samples(
+        read_samples(samples), tokenizer, Encoding(seq_length=seq_length, **options)
+    )
 
 
 def only(samples, tokenizer=None, **options):
@@ -212,7 +215,7 @@ def test_what_is_left_without_a_trained_token_is_dropped_and_counted():
 def test_stop_tokens_are_counted_for_whole_answers_only():
     _, counts = tokenize([["a", "b", "c", "d"], ["a", "bcdefghijk"]], seq_length=6)
     assert (counts.untruncated_answers, counts.answers_without_stop) == (2, 0)
-    assert (counts.truncated, counts.stop_token) == (1, "<|endoftext|>")
+    assert (counts.truncated, counts.stop_tokens) == (1, {"<|endoftext|>": 2})
 
 
 def test_bad_options_are_named():

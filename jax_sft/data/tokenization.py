@@ -28,6 +28,7 @@ from jax_sft.data.types import (
     TokenRow,
     Turn,
     examples_from_parts,
+    join_examples,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +99,12 @@ class Part(NamedTuple):
     rows: np.ndarray
     counts: Counts
 
+    @property
+    def examples(self) -> Examples:
+        """The arrays as Examples, which have no names and no tokenizer."""
+        offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
+        return Examples(self.inputs, self.targets, self.weights, offsets)
+
 
 def load_tokenizer(
     path: str | Path,
@@ -134,15 +141,7 @@ def load_tokenizer(
 
 
 def tokenize_samples(
-    samples: Samples,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seq_length: int,
-    truncation_side: str = "right",
-    add_bos: bool | None = None,
-    add_eos: AddEos = True,
-    over_length: str = "truncate",
-    on_bad_row: str = "error",
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> tuple[Examples, Counts]:
     """Turns samples into shifted, weighted examples of at most seq_length inputs.
 
@@ -155,58 +154,27 @@ def tokenize_samples(
     Args:
         samples: as `read_samples` gives them.
         tokenizer: any transformers tokenizer; it may have no pad token.
-        seq_length: this and the rest as in `Encoding`.
-        truncation_side: which end is cut off.
-        add_bos: what stands in front.
-        add_eos: what ends outputs.
-        over_length: what happens to longer samples.
-        on_bad_row: what happens to rows that are wrong.
+        encoding: the options.
 
     Returns:
         The examples in the order of the samples, and what became of every sample.
 
     Raises:
-        ValueError: a bad option or row, or with "error" a sample that is too long.
+        ValueError: a bad row, or with over_length "error" a sample that is too long.
     """
-    encoding = Encoding(
-        seq_length=seq_length,
-        truncation_side=truncation_side,
-        add_bos=add_bos,
-        add_eos=add_eos,
-        over_length=over_length,
-        on_bad_row=on_bad_row,
-    )
     counts = Counts()
     for reason, num_rows in samples.dropped.items():
         counts.drop(reason, num_rows)
-    parts, origins = [], []
+    blocks: list[Examples] = []
+    origins: list[str] = []
     for start in range(0, len(samples), ROWS_A_BLOCK):
         rows = samples.rows_in(start, start + ROWS_A_BLOCK)
         names = [samples.name(start + i) for i in range(len(rows))]
         part = tokenize_rows(rows, names, samples.to_content, tokenizer, encoding)
-        parts.append(part)
+        blocks.append(part.examples)
         origins += [names[row] for row in part.rows]
         counts.add(part.counts)
-    return join_parts(parts, tokenizer=tokenizer, origins=origins), counts
-
-
-def join_parts(
-    parts: Sequence[Part],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    origins: Sequence[str] | None = None,
-) -> Examples:
-    """Lays the examples of several parts end to end."""
-    none = examples_from_parts([])
-    lengths = [part.lengths for part in parts]
-    return Examples(
-        np.concatenate([none.inputs, *(part.inputs for part in parts)]),
-        np.concatenate([none.targets, *(part.targets for part in parts)]),
-        np.concatenate([none.weights, *(part.weights for part in parts)]),
-        np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
-        tokenizer=tokenizer,
-        origins=origins,
-    )
+    return join_examples(blocks, tokenizer=tokenizer, origins=origins), counts
 
 
 def tokenize_rows(

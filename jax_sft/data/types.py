@@ -232,18 +232,23 @@ class Examples(Sequence[Example]):
         )
 
     def _slice(self, indices: range) -> Examples:
+        if indices.step != 1:
+            return self.take(np.array(indices, np.int64))
         origins = None if self.origins is None else [self.origins[i] for i in indices]
-        if indices.step == 1:
-            offsets = self.offsets[indices.start : max(indices.start, indices.stop) + 1]
-            span = slice(offsets[0], offsets[-1])
-            flat = self.inputs[span], self.targets[span], self.weights[span]
-            return Examples(*flat, offsets - offsets[0], tokenizer=self.tokenizer, origins=origins)
-        parts = [self[i] for i in indices]
-        return examples_from_parts(
-            [(part.inputs_T, part.targets_T, part.weights_T) for part in parts],
-            tokenizer=self.tokenizer,
-            origins=origins,
-        )
+        offsets = self.offsets[indices.start : max(indices.start, indices.stop) + 1]
+        span = slice(offsets[0], offsets[-1])
+        flat = self.inputs[span], self.targets[span], self.weights[span]
+        return Examples(*flat, offsets - offsets[0], tokenizer=self.tokenizer, origins=origins)
+
+    def take(self, indices_N: np.ndarray) -> Examples:
+        """The examples of these indices, in their order; one may be taken several times."""
+        lengths_N = self.lengths_N[indices_N]
+        offsets = np.cumsum([0, *lengths_N], dtype=np.int64)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths_N)
+        source = np.repeat(self.offsets[indices_N], lengths_N) + within
+        origins = None if self.origins is None else [self.origins[i] for i in indices_N]
+        flat = self.inputs[source], self.targets[source], self.weights[source]
+        return Examples(*flat, offsets, tokenizer=self.tokenizer, origins=origins)
 
 
 def examples_from_parts(
@@ -264,6 +269,24 @@ def examples_from_parts(
         np.concatenate([np.zeros(0, np.int32), *targets], dtype=np.int32),
         np.concatenate([np.zeros(0, np.float32), *weights], dtype=np.float32),
         offsets,
+        tokenizer=tokenizer,
+        origins=origins,
+    )
+
+
+def join_examples(
+    blocks: Sequence[Examples],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    origins: Sequence[str] | None = None,
+) -> Examples:
+    """Lays several Examples end to end."""
+    none = examples_from_parts([])
+    return Examples(
+        np.concatenate([block.inputs for block in [none, *blocks]]),
+        np.concatenate([block.targets for block in [none, *blocks]]),
+        np.concatenate([block.weights for block in [none, *blocks]]),
+        np.cumsum(np.concatenate([[0], *(block.lengths_N for block in blocks)]), dtype=np.int64),
         tokenizer=tokenizer,
         origins=origins,
     )

@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from jax_sft import sampler, sharding
-from jax_sft.data.tokenization import decode_outputs, load_tokenizer, prompt_ids
+from jax_sft.data.samples import load_eval_prompts
+from jax_sft.data.tokenization import decode_outputs, load_tokenizer, prompt_ids, token_id
 from jax_sft.model import adapter_files, lora, pretrained
 from jax_sft.model.attention import choose_backend
 from jax_sft.model.decoder import Decoder, init_params, logical_axes, logits
@@ -327,6 +328,16 @@ class CausalLM:
             ids.add(self.tokenizer.eos_token_id)
         return sorted(i for i in ids if 0 <= i < self.decoder.config.vocab_size)
 
+    def stop_at(self, tokens: Iterable[str]) -> None:
+        """Makes tokens end answers too, here and in what `save_pretrained` writes.
+
+        Args:
+            tokens: the tokenizer's names for them, such as "<|im_end|>".
+        """
+        new = {token_id(token, self.tokenizer) for token in tokens} - set(self.stop_ids)
+        if new:
+            self.generation_config.eos_token_id = sorted({*self.stop_ids, *new})
+
     def __call__(
         self,
         tokens_BT: Any,
@@ -386,7 +397,7 @@ class CausalLM:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[str]],
+        prompts: Sequence[str | Sequence],
         *,
         stop_sequences: Sequence[str] = (),
         seed: int = 0,
@@ -397,7 +408,8 @@ class CausalLM:
         """Continues each prompt.
 
         Args:
-            prompts: texts, or [prompt, output, ..., prompt] texts.
+            prompts: texts, [prompt, output, ..., prompt] texts, or conversations: lists of
+                messages, which the tokenizer's chat template renders.
             stop_sequences: strings that end an output; they are cut off.
             seed: base of the draws; the same seed gives the same outputs.
             add_bos: as in training (config.tokenizer.add_bos).
@@ -416,7 +428,7 @@ class CausalLM:
             raise ValueError(f"prompts is the string {prompts[:40]!r}: pass a list of strings")
         ids = [
             prompt_ids(prompt, self.tokenizer, add_bos=add_bos, add_eos=add_eos)
-            for prompt in prompts
+            for prompt in load_eval_prompts(prompts)[0]
         ]
         return self.generate_from_ids(
             ids, stop_sequences=stop_sequences, seed=seed, gen_kwargs=gen_kwargs

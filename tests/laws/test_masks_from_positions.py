@@ -7,7 +7,7 @@ from small_tokenizers import byte_bpe, pad_is_eos
 
 from jax_sft.data.batches import Batches
 from jax_sft.data.samples import read_samples
-from jax_sft.data.tokenization import tokenize_samples
+from jax_sft.data.tokenization import Encoding, tokenize_samples
 from jax_sft.data.types import examples_from_parts
 
 DIALOGUES = [
@@ -19,7 +19,7 @@ DIALOGUES = [
 
 
 def tokenize(tokenizer, **options):
-    return tokenize_samples(read_samples(DIALOGUES), tokenizer, seq_length=64, **options)
+    return tokenize_samples(read_samples(DIALOGUES), tokenizer, Encoding(seq_length=64, **options))
 
 
 def test_a_pad_token_that_is_the_eos_changes_nothing():
@@ -42,7 +42,7 @@ def test_the_eos_after_every_answer_is_trained_though_it_is_the_pad_token():
 
 def test_the_same_id_is_trained_in_an_answer_and_not_in_a_prompt():
     [example] = tokenize_samples(
-        read_samples([["the<eos>", "<eos>the"]]), pad_is_eos(), seq_length=64
+        read_samples([["the<eos>", "<eos>the"]]), pad_is_eos(), Encoding(seq_length=64)
     )[0]
     eos = pad_is_eos().eos_token_id
     weights_of_eos = example.weights_T[example.targets_T == eos].tolist()

@@ -9,7 +9,8 @@ from jax_sft.data.batches import Batches
 from jax_sft.data.packing import plan_rows
 from jax_sft.data.report import data_report
 from jax_sft.data.samples import read_samples
-from jax_sft.data.tokenization import tokenize_samples
+from jax_sft.data.tokenization import Encoding, tokenize_samples
+from jax_sft.data.types import ExampleSet
 
 ROWS = st.lists(
     st.fixed_dictionaries(
@@ -40,10 +41,10 @@ def test_rows_read_are_kept_or_dropped_for_a_counted_reason(rows, options):
     if not wanted:
         return
     samples = read_samples(rows, filter="label != 1")
-    examples, counts = tokenize_samples(samples, packaged_bytes(), **options)
+    examples, counts = tokenize_samples(samples, packaged_bytes(), Encoding(**options))
     lengths = examples.lengths_N
     plan = plan_rows(lengths, options["seq_length"])
-    report = data_report(examples, counts, plan=plan)
+    report = data_report(ExampleSet(examples, counts, ()), plan=plan)
     assert report["rows_read"] == len(rows)
     assert report["kept"] + sum(report["dropped"].values()) == len(rows)
     dropped = {reason: number for reason, number in report["dropped"].items() if number}
@@ -67,9 +68,9 @@ def test_rows_read_are_kept_or_dropped_for_a_counted_reason(rows, options):
 @settings(deadline=None, max_examples=60)
 def test_split_loses_no_trained_token(rows, seq_length):
     samples = read_samples(rows)
-    whole, _ = tokenize_samples(samples, packaged_bytes(), seq_length=100)
+    whole, _ = tokenize_samples(samples, packaged_bytes(), Encoding(seq_length=100))
     split, _ = tokenize_samples(
-        samples, packaged_bytes(), seq_length=seq_length, over_length="split"
+        samples, packaged_bytes(), Encoding(seq_length=seq_length, over_length="split")
     )
 
     def trained_pairs(examples):
@@ -82,7 +83,7 @@ def test_split_loses_no_trained_token(rows, seq_length):
 @given(ROWS, st.integers(1, 5), st.sampled_from(["best_fit", "none"]))
 @settings(deadline=None, max_examples=60)
 def test_an_epoch_trains_every_trained_token_once(rows, batch_size, packing):
-    examples, _ = tokenize_samples(read_samples(rows), packaged_bytes(), seq_length=32)
+    examples, _ = tokenize_samples(read_samples(rows), packaged_bytes(), Encoding(seq_length=32))
     batches = Batches(examples, seq_length=32, batch_size=batch_size, packing=packing)
     all_rows = [batches.rows(step) for step in range(batches.num_steps)]
     targets = np.concatenate([batch.targets_BT[batch.weights_BT > 0] for batch in all_rows])
