@@ -7,7 +7,9 @@ import datasets
 import numpy as np
 import pytest
 
+from jax_sft.data import sources, text_files
 from jax_sft.data.samples import load_eval_prompts, load_function, load_samples, read_samples
+from jax_sft.data.types import BadRow, Turn
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +19,7 @@ def cache_of_its_own(tmp_path, monkeypatch):
 
 
 def texts(samples):
-    return [[turn.text for turn in sample.turns] for sample in samples]
+    return [[turn.text for turn in sample.content] for sample in samples]
 
 
 def error_of(call, *args, **options):
@@ -26,6 +28,16 @@ def error_of(call, *args, **options):
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def bad_row(samples, **options):
+    """What is wrong with the first wrong row, and what it counts as."""
+    read = read_samples(samples, **options)
+    with pytest.raises(BadRow) as caught:
+        list(read)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message, caught.value.reason
 
 
 def write(path, *lines):
@@ -41,14 +53,9 @@ def write_rows(path, rows):
 
 def test_text_is_one_trained_turn_and_a_dialogue_trains_every_second():
     [text] = read_samples(["Hi"])
-    assert [(turn.text, turn.trained) for turn in text.turns] == [("Hi", True)]
+    assert text.content == (Turn("Hi", 1.0),)
     [dialogue] = read_samples([["a", "b", "", " "]])
-    assert [(turn.text, turn.trained) for turn in dialogue.turns] == [
-        ("a", False),
-        ("b", True),
-        ("", False),
-        (" ", True),
-    ]
+    assert dialogue.content == (Turn("a", 0.0), Turn("b", 1.0), Turn("", 0.0), Turn(" ", 1.0))
     assert (text.origin, dialogue.origin) == ("samples[0]", "samples[0]")
 
 
@@ -69,7 +76,8 @@ def test_texts_of_every_kind(samples):
     read = read_samples(samples)
     assert texts(read) == [["a"], ["b"]] and len(read) == 2
     assert texts([read[1]]) == [["b"]] and texts(read[:1]) == [["a"]]
-    assert all(type(turn.text) is str for sample in read for turn in sample.turns)
+    assert all(type(turn.text) is str for sample in read for turn in sample.content)
+    assert read.format == "text"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_fields_are_the_configs():
     assert texts(read_samples(rows, output_field="chosen")) == [["p", "c"]]
     assert texts(read_samples(rows, text_field="body")) == [["b"]]
     message = error_of(read_samples, rows)
-    assert "['body', 'chosen', 'prompt'], but neither 'text' nor 'prompt' with 'output'" in message
+    assert "['body', 'chosen', 'prompt'], but neither 'messages', nor 'prompt' with" in message
 
 
 @pytest.mark.parametrize(
@@ -104,31 +112,58 @@ def test_fields_are_the_configs():
         ("text", "samples is a single str; pass a list of them: ['text']"),
         ({"text": ["a"]}, "samples is a single dict; pass a list"),
         ((text for text in "ab"), "samples is a generator, which cannot be indexed; pass list("),
-        (["a", None], "samples[1] is None; each sample must be a str, or a list of [prompt"),
-        (["a", 3], "samples[1] is 3 (int); each sample"),
-        (["a", b"b"], "samples[1] is b'b' (bytes); each sample"),
-        (["a", ["p", "o"]], "samples[1] is a dialogue, but samples[0] is text; make all"),
-        ([["p", "o"], "a"], "samples[1] is text, but samples[0] is a dialogue"),
-        ([["p", "o"], ["p", "o", "p"]], "samples[1] has 3 texts; a dialogue is [prompt, output"),
-        ([["p", "o"], []], "samples[1] has 0 texts"),
-        ([["p", ""]], "samples[0][1] is empty, so there is nothing to train"),
-        (["a", ""], "samples[1] is empty"),
-        ([["p", None]], "samples[0][1] is None; pass a str"),
-        ([["p", b"o"]], "samples[0][1] is b'o' (bytes); decode it to a str"),
-        (["a", "\ud83d"], "samples[1] holds half of a surrogate pair at 0"),
-        ([{"text": None}], "samples[0] field 'text' is None"),
-        ([[{"role": "user", "content": "a"}]], "samples[0] is a conversation of messages"),
-        ([{"messages": []}], "samples[0] is a conversation of messages"),
+        ([3, 4.5], "samples[0] is 3 (int); each sample must be a str, a list of [prompt"),
+        ([None, None], "samples[0] is None; each sample must be"),
+        ([{"a": 1}], "samples[0] has the fields ['a'], but neither 'messages', nor 'prompt' with"),
+        ([{"role": "user", "content": "a"}], "a conversation is a list of messages"),
+        ([{"instruction": "a", "output": "b"}], 'set data.template to "alpaca"'),
     ],
 )
-def test_wrong_samples_are_named(samples, expected):
+def test_samples_of_no_format_are_errors(samples, expected):
     assert expected in error_of(read_samples, samples)
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected", "reason"),
+    [
+        (["a", None], "samples[1] is None; each sample must be a str", "missing_field"),
+        (["a", 3], "samples[1] is 3 (int); each sample", "wrong_type"),
+        (["a", b"b"], "samples[1] is b'b' (bytes); each sample", "wrong_type"),
+        (["a", ["p", "o"]], "samples[1] is a dialogue, but the samples are", "other_format"),
+        ([["p", "o"], "a"], "samples[1] is text, but the samples are read as dial", "other_format"),
+        ([["p", "o"], ["p", "o", "p"]], "samples[1] has 3 texts; a dialogue is", "uneven_dialogue"),
+        ([["p", "o"], []], "samples[1] has 0 texts", "uneven_dialogue"),
+        ([["p", ""]], "samples[0][1] is empty, so there is nothing to train", "empty_answer"),
+        (["a", ""], "samples[1] is empty", "empty_text"),
+        ([["p", None]], "samples[0][1] is None; pass a str", "missing_field"),
+        ([["p", b"o"]], "samples[0][1] is b'o' (bytes); decode it to a str", "wrong_type"),
+        (["a", "\ud83d"], "samples[1] holds half of a surrogate pair at 0", "not_text"),
+        ([{"text": None}], "samples[0] field 'text' is None", "missing_field"),
+        ([{"text": "a"}, {"txt": "b"}], "[1] has the fields ['txt'], but not", "missing_field"),
+        (
+            [{"prompt": "p", "output": "o"}, {"prompt": "p", "output": None}],
+            "samples[1] field 'output' is None; leave this sample out, or set data.filter",
+            "missing_field",
+        ),
+        (
+            [{"prompt": "p", "output": "o", "text": None}] * 2
+            + [{"prompt": None, "output": None, "text": "t"}],
+            "samples[2] is text, but the samples are read as prompt_output",
+            "other_format",
+        ),
+        ([{"messages": []}], "samples[0] has no messages", "no_answer"),
+        ([{"messages": "a"}], "field 'messages' is 'a' (str); it must be a list", "wrong_type"),
+    ],
+)
+def test_wrong_rows_are_named_when_they_are_read(samples, expected, reason):
+    message, found = bad_row(samples)
+    assert expected in message and found == reason
 
 
 def test_splits_and_streams_of_datasets_are_errors_with_a_remedy():
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     assert 'samples["train"]' in error_of(read_samples, datasets.DatasetDict(train=rows))
-    assert "cannot be indexed" in error_of(read_samples, rows.to_iterable_dataset())
+    assert "set data.streaming to True" in error_of(read_samples, rows.to_iterable_dataset())
     assert "from_pandas" in error_of(read_samples, rows.to_pandas())
     assert texts(read_samples(rows.to_pandas()["text"])) == [["a"]]
 
@@ -136,8 +171,7 @@ def test_splits_and_streams_of_datasets_are_errors_with_a_remedy():
 def test_long_values_are_shortened():
     message = error_of(read_samples, [{"a": 1}, "x" * 9], filter="a ==")
     assert message.startswith("data.filter 'a ==': it is not an expression")
-    assert len(error_of(read_samples, [3, "x"])) < 200
-    assert len(error_of(read_samples, [b"x" * 10_000])) < 200
+    assert len(error_of(read_samples, [b"x" * 10_000])) < 250
 
 
 def test_filter_keeps_rows_counts_the_others_and_keeps_their_names():
@@ -289,8 +323,21 @@ def test_files_of_texts_and_lists(tmp_path):
         ("b.jsonl", ['["p", "o"]', '["p"'], "b.jsonl line 2: malformed JSON"),
         ("c.json", ['[{"text": "a"},', '{"text" "b"}]'], "c.json line 2: malformed JSON"),
         ("d.jsonl", [], "d.jsonl is empty"),
-        ("e.jsonl", ['{"text": "a"}', '{"text": ""}'], "e.jsonl line 2 field 'text' is empty"),
-        ("f.csv", ["text", "NA", '""'], "f.csv row 1 field 'text' is empty"),
+        ("e.jsonl", ['{"text": "a", "text": "b"}'], "e.jsonl line 1: an object has the key 'text'"),
+        ("f.json", ['[{"text": "a"},', '{"text": "a", "text": "b"}]'], "f.json line 2: an object"),
+        ("g.csv", ["text,text", "a,b"], "g.csv: two columns are named 'text'; rename one"),
+        ("h.csv", ["text,label", "a,1", "b,c,2"], "h.csv line 3: 3 cells, but 2 columns; quote"),
+        ("i.csv", ["text,label", '"a', '",1', "b"], "i.csv line 4: 1 cells, but 2 columns"),
+        ("j.csv", [], "j.csv is empty; there must be at least one sample"),
+        ("k.csv", ["text"], "k.csv is empty"),
+        ("l.txt", ["", " "], "l.txt is empty"),
+        ("m.json", ["[]"], "m.json is empty"),
+        ("n.jsonl", ['{"text": "a"}{"text": "b"}'], "n.jsonl line 1: malformed JSON (Extra data"),
+        ("o.jsonl", ['{"text": "\\ud83d"}'], "o.jsonl line 1: a text holds half"),
+        ("p.json", ['["a",', '"b"', '"c"]'], "p.json line 3: malformed JSON (Expecting ','"),
+        ("q.json", ['["a"] 3'], "q.json line 1: malformed JSON (Extra data"),
+        ("r.json", ['["a",'], "r.json line 2: malformed JSON"),
+        ("s.csv.gz", ["text,text", "a,b"], "s.csv.gz: two columns are named"),
     ],
 )
 def test_a_malformed_file_names_the_file_and_the_line(tmp_path, name, lines, problem):
@@ -298,12 +345,93 @@ def test_a_malformed_file_names_the_file_and_the_line(tmp_path, name, lines, pro
     assert problem in error_of(load_samples, path)
 
 
+def test_bad_rows_of_files_are_named(tmp_path):
+    for name, lines, problem in [
+        ("e.jsonl", ['{"text": "a"}', "", '{"text": ""}'], "e.jsonl line 3 field 'text' is empty"),
+        ("f.csv", ["text", "NA", '""'], "f.csv row 1 field 'text' is empty"),
+    ]:
+        samples = load_samples(write(tmp_path / name, *lines))
+        with pytest.raises(BadRow) as caught:
+            list(samples)
+        assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.csv.gz"])
+def test_bytes_that_are_no_utf8_are_named_by_their_line(tmp_path, name):
+    texts = {"txt": ["a", "b"], "csv": ["text", "b"]}.get(
+        name.split(".")[1], ['{"text": "a"}', '{"text": "b"}']
+    )
+    lines = ["["] * (name == "a.json") + texts + ["]"] * (name == "a.json")
+    content = "\n".join(lines).encode().replace(b"b", b"\xff")
+    if name == "a.json":
+        content = content.replace(b"}\n{", b"},\n{")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    line = 3 if name == "a.json" else 2
+    message = error_of(load_samples, str(tmp_path / name))
+    assert f"{name} line {line}: not UTF-8 text (invalid start byte); convert" in message
+
+
+def test_gzip_files_that_are_cut_or_none(tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 100)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-20])
+    assert "no whole gzip file" in error_of(load_samples, str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "none.txt.gz").write_bytes(b"text")
+    assert "no whole gzip file" in error_of(load_samples, str(tmp_path / "none.txt.gz"))
+    (tmp_path / "a.parquet.gz").write_bytes(b"")
+    assert "unpack it with gunzip" in error_of(load_samples, str(tmp_path / "a.parquet.gz"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch, name):
+    line = {"txt": "a", "csv": "text"}.get(name[2:], '{"text": "a"}')
+    lines = [f"[{line},", f"{line}]"] if name == "a.json" else [line, line]
+    path = write(tmp_path / name, *lines)
+
+    def shrink_then_check(file, state):
+        write(tmp_path / name, lines[0])
+        text_files.check_unchanged(file, state)
+
+    monkeypatch.setattr(sources, "check_unchanged", shrink_then_check)
+    assert f"{name}: the file changed while it was read; read" in error_of(load_samples, path)
+
+
+def test_lines_that_are_not_the_rows_are_an_error(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.setattr(sources, "filled_lines", lambda path: np.arange(1))
+    assert "2 rows on 1 lines; write each row on a line" in error_of(load_samples, path)
+
+
+def test_cells_of_a_csv_file_are_texts_and_filters_see_numbers(tmp_path):
+    lines = ["text,label,zip,score", "007,1,02139,0.5", "8,2,2139,-1", '"1,0",1,x,NA']
+    path = write(tmp_path / "a.csv", *lines)
+    assert texts(load_samples(path)) == [["007"], ["8"], ["1,0"]]
+    for filter, kept in [
+        ("label == 1", ["007", "1,0"]),
+        ("label in (2, 3)", ["8"]),
+        ("zip == '02139'", ["007"]),
+        ("zip == 2139", ["007", "8"]),
+        ("label == '1' and zip != 'x'", ["007"]),
+        ("0 < label < 2 and zip != 2139", ["1,0"]),
+        ("score == 'NA' or score < 0", ["8", "1,0"]),
+        ("text > label", ["007", "8", "1,0"]),
+        ("not score == -1 and label", ["007", "1,0"]),
+        ("label == None", []),
+    ]:
+        if not kept:
+            assert "keeps none of 3" in error_of(load_samples, path, filter=filter)
+            continue
+        assert [text for [text] in texts(load_samples(path, filter=filter))] == kept, filter
+    assert "fails on a.csv row 2 ('NA' is no number)" in error_of(
+        load_samples, path, filter="score > 0"
+    )
+
+
 def test_missing_files_and_hub_names(tmp_path):
     for name in ("nothing.jsonl", "./nothing", str(tmp_path / "nothing")):
         assert "no such file" in error_of(load_samples, name)
     assert "pass a file instead" in error_of(load_samples, "nobody/nothing")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfd")
-    assert "not UTF-8" in error_of(load_samples, str(tmp_path / "bytes.txt"))
+    assert "bytes.txt line 1: not UTF-8" in error_of(load_samples, str(tmp_path / "bytes.txt"))
 
 
 def test_a_saved_dataset_is_a_folder(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 from jax_sft.data.types import (
     Counts,
     Example,
-    Sample,
     Samples,
     Turn,
     examples_from_parts,
@@ -65,9 +64,9 @@ def test_text_needs_a_tokenizer():
 
 def test_samples_are_read_the_same_by_index_and_in_order():
     table = datasets.Dataset.from_dict({"a": [str(i) for i in range(2500)], "b": [0] * 2500})
-    samples = Samples(table, lambda row, i: Sample((Turn(row["a"], True),), f"row {i}"))
+    samples = Samples(table, lambda row, origin: (Turn(row["a"], 1.0),))
     assert list(samples) == [samples[i] for i in range(2500)]
-    assert samples[-1].origin == "row 2499" and samples[2499].turns[0].text == "2499"
+    assert samples[-1].origin == "row 2499" and samples[2499].content[0].text == "2499"
     assert samples[7:9] == [samples[7], samples[8]]
 
 

@@ -1,17 +1,29 @@
-"""One row to its texts: a str, a dialogue, or a table's row by its fields or a template.
+"""One row to its content: a str, a dialogue, messages, token ids, or a row with fields.
 
-What comes in is a row as users write it, what goes out is one text, or the texts of a
-dialogue in order. Whatever is wrong with a row is said here, in one line that names it.
+What comes in is a row as users write it, what goes out is its turns, its conversation
+or its tokens. All rows of a source are of one format, which is found from the first
+ones; whatever is wrong with a row is a BadRow of one line that names it.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from jax_sft.data.conversations import (
+    is_list,
+    is_messages,
+    is_sharegpt,
+    read_conversation,
+)
+from jax_sft.data.row_checks import as_filled, as_text, what
+from jax_sft.data.token_rows import read_token_row
+from jax_sft.data.types import BadRow, Content, Conversation, Turn
 
 # Stanford Alpaca (Taori et al. 2023), its training prompts.
 _ALPACA = (
@@ -23,137 +35,340 @@ _ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_SHAPES = "a str, or a list of [prompt, output, prompt, output, ...] strings"
+_SHAPES = (
+    "a str, a list of [prompt, output, prompt, output, ...] strings, a list of messages, or a "
+    "row with fields"
+)
+_NAMES = {
+    "text": "text",
+    "dialogue": "a dialogue",
+    "prompt_output": "a prompt with its output",
+    "messages": "a conversation",
+    "sharegpt": "a ShareGPT conversation",
+    "tokens": "token ids",
+}
+_MESSAGES_FIELDS = "messages", "conversation", "conversations"
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Takes the texts out of a row; the fields matter for rows that have fields."""
+    """Takes the content out of a row; the fields matter for rows that have fields.
 
-    text_field: str
-    prompt_field: str
-    output_field: str
-    messages_field: str
-    template: str | None
+    Where a row's fields fit several formats, the first of these is meant: tokens
+    (input_ids), messages or sharegpt (messages_field, messages, conversation or
+    conversations), prompt_output (prompt_field with output_field, or prompt with
+    completion), text (text_field). A template decides for itself.
 
-    def texts(self, row: Any, origin: str) -> list[str]:
-        """One text, or [prompt, output, ...]; an error names the row by its origin."""
-        if isinstance(row, str):
-            return [_filled(row, origin)]
-        if isinstance(row, Mapping):
-            return self._texts_of_fields(row, origin)
-        if isinstance(row, list | tuple | np.ndarray):
-            return _dialogue(list(row), origin)
-        raise ValueError(f"{origin} is {_what(row)}; each sample must be {_SHAPES}")
+    Attributes:
+        text_field: a row's text.
+        prompt_field: a row's prompt.
+        output_field: a row's output.
+        messages_field: a row's messages.
+        template: "alpaca", or a text with {field} references.
+        train_turns: "all", "last" or "flagged", of a conversation.
+        format: of the rows; None until it is found.
+    """
 
-    def _texts_of_fields(self, row: Mapping[str, Any], origin: str) -> list[str]:
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    output_field: str = "output"
+    messages_field: str = "messages"
+    template: str | None = None
+    train_turns: str = "all"
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.template is None:
+            return
+        _parse_template(self.template)
+        if self.format not in (None, "text", "prompt_output"):
+            raise ValueError(
+                f"data.template makes a text or a prompt, not {_NAMES[self.format]}: set "
+                "data.template or data.row_format to None"
+            )
+
+    def for_rows(self, rows: Sequence[Any], origins: Sequence[str]) -> RowReader:
+        """The reader of the format that most of these rows have; fields that are None do not count.
+
+        Raises:
+            ValueError: none of them has one.
+        """
+        rows = [_plain(row) for row in rows]
         if self.template is not None:
+            self._check_template(rows, origins)
+        if self.format is not None:
+            return self
+        for fields_count in (_filled, _present):
+            fits = (self._formats_of(row, fields_count)[:1] for row in rows)
+            if found := Counter(format for formats in fits for format in formats):
+                return replace(self, format=found.most_common(1)[0][0])
+        raise self._unknown(rows[0], origins[0])
+
+    def content(self, row: Any, origin: str) -> Content:
+        """The turns, conversation or tokens of a row that origin names.
+
+        Raises:
+            BadRow: the row is of another format, or something in it is wrong.
+        """
+        row = _plain(row)
+        match self.format:
+            case "text":
+                return self._text(row, origin)
+            case "dialogue":
+                return self._dialogue(row, origin)
+            case "prompt_output":
+                return self._prompt_output(row, origin)
+            case "messages" | "sharegpt":
+                return self._conversation(row, origin)
+            case "tokens":
+                self._check_fields(row, origin, ("input_ids",))
+                return read_token_row(row, origin)
+        raise AssertionError(f"no format {self.format}")
+
+    def _text(self, row: Any, origin: str) -> Content:
+        if isinstance(row, str):
+            return (Turn(as_filled(row, origin, reason="empty_text"), 1.0),)
+        if self.template is not None:
+            self._check_fields(row, origin, ())
+            text = _fill_template(self.template, row, origin)
+            return (Turn(as_filled(text, origin, reason="empty_text"), 1.0),)
+        self._check_fields(row, origin, (self.text_field,))
+        where = f"{origin} field {self.text_field!r}"
+        return (Turn(as_filled(row[self.text_field], where, reason="empty_text"), 1.0),)
+
+    def _dialogue(self, row: Any, origin: str) -> Content:
+        if isinstance(row, Mapping):
+            self._check_fields(row, origin, (self.text_field,))
+            row, origin = row[self.text_field], f"{origin} field {self.text_field!r}"
+        if not is_list(row) or is_messages(row):
+            raise self._other(row, origin)
+        return _turns(row, origin)
+
+    def _prompt_output(self, row: Any, origin: str) -> Content:
+        prompt_field, output_field = self._pair_in(row)
+        if self.template is not None:
+            self._check_fields(row, origin, (output_field,))
             prompt = _fill_template(self.template, row, origin)
-            if self.output_field in row:
-                return _dialogue([prompt, row[self.output_field]], origin)
-            return [_filled(prompt, origin)]
-        if self.prompt_field in row and self.output_field in row:
-            prompt, output = row[self.prompt_field], row[self.output_field]
-            earlier = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-            return _dialogue([*earlier, output], origin)
-        if self.text_field in row:
-            where = f"{origin} field {self.text_field!r}"
-            return [_filled(row[self.text_field], where)]
-        if self.messages_field in row or {"role", "content"} <= row.keys():
-            raise _conversation_error(origin)
-        raise ValueError(
-            f"{origin} has the fields {sorted(row)}, but neither {self.text_field!r} nor "
-            f"{self.prompt_field!r} with {self.output_field!r}; set data.text_field, "
-            "data.prompt_field and data.output_field, or data.template"
+            return _turns([prompt, row[output_field]], origin)
+        self._check_fields(row, origin, (prompt_field, output_field))
+        prompt, output = row[prompt_field], row[output_field]
+        if is_messages(prompt) or is_messages(output):
+            return self._prompted_conversation(prompt, output, row, origin)
+        earlier = list(prompt) if is_list(prompt) else [prompt]
+        return _turns([*earlier, output], origin)
+
+    def _prompted_conversation(
+        self, prompt: Any, output: Any, row: Mapping[str, Any], origin: str
+    ) -> Conversation:
+        """TRL's conversational prompt and completion: the prompt's answers are context."""
+        before = list(prompt) if is_list(prompt) else [{"role": "user", "content": prompt}]
+        after = list(output) if is_list(output) else [{"role": "assistant", "content": output}]
+        return read_conversation(
+            [*before, *after],
+            origin,
+            tools=row.get("tools"),
+            train_turns=self.train_turns,
+            num_context=len(before),
         )
 
+    def _conversation(self, row: Any, origin: str) -> Conversation:
+        tools = system = None
+        messages = row
+        if isinstance(row, Mapping):
+            field = self._messages_field_of(row, _filled) or self.messages_field
+            self._check_fields(row, origin, (field,))
+            messages, tools, system = row[field], row.get("tools"), row.get("system")
+            if not is_list(messages):
+                raise BadRow(
+                    f"{origin} field {field!r} is {what(messages)}; it must be a list of dicts "
+                    "with role and content",
+                    reason="wrong_type",
+                )
+        elif not is_list(row) or len(row) and not is_messages(row):
+            raise self._other(row, origin)
+        return read_conversation(
+            messages, origin, tools=tools, system=system, train_turns=self.train_turns
+        )
 
-def _dialogue(texts: list[Any], origin: str) -> list[str]:
+    def _pair_in(self, row: Any) -> tuple[str, str]:
+        """The names of a row's prompt and output."""
+        if isinstance(row, Mapping) and {"prompt", "completion"} <= row.keys():
+            if row.get(self.prompt_field) is None or row.get(self.output_field) is None:
+                if row["completion"] is not None:
+                    return "prompt", "completion"
+        return self.prompt_field, self.output_field
+
+    def _messages_field_of(self, row: Mapping[str, Any], counts: Any) -> str | None:
+        names = dict.fromkeys((self.messages_field, *_MESSAGES_FIELDS))
+        return next((name for name in names if counts(row, name)), None)
+
+    def _formats_of(self, row: Any, counts: Any) -> list[str]:
+        """The formats that a row fits, in the order in which they are tried."""
+        if isinstance(row, str):
+            return ["text"]
+        if is_messages(row):
+            return ["sharegpt" if is_sharegpt(row) else "messages"]
+        if is_list(row):
+            return ["dialogue"]
+        if not isinstance(row, Mapping):
+            return []
+        if self.template is not None:
+            return ["prompt_output" if self.output_field in row else "text"]
+        formats = ["tokens"] if counts(row, "input_ids") else []
+        if field := self._messages_field_of(row, counts):
+            messages = row[field]
+            if is_messages(messages) or is_list(messages) and not len(messages):
+                formats.append("sharegpt" if is_sharegpt(messages) else "messages")
+            elif counts is _present:
+                formats.append("messages")
+        for pair in ((self.prompt_field, self.output_field), ("prompt", "completion")):
+            if counts(row, pair[0]) and counts(row, pair[1]) and "prompt_output" not in formats:
+                formats.append("prompt_output")
+        return formats + (["text"] if counts(row, self.text_field) else [])
+
+    def _check_fields(self, row: Any, origin: str, fields: tuple[str, ...]) -> None:
+        """Whether a row has what its format is read from."""
+        if not isinstance(row, Mapping):
+            raise self._other(row, origin)
+        missing = [field for field in fields if row.get(field) is None]
+        if not missing:
+            return
+        if len(missing) == len(fields) and self._formats_of(row, _filled):
+            raise self._other(row, origin)
+        if missing[0] in row:
+            raise BadRow(
+                f"{origin} field {missing[0]!r} is None; leave this sample out, or set "
+                f'data.filter, as in "{missing[0]} != None"',
+                reason="missing_field",
+            )
+        raise BadRow(
+            f"{origin} has the fields {sorted(row)}, but not {missing[0]!r}; {self._remedy(row)}",
+            reason="missing_field",
+        )
+
+    def _other(self, row: Any, origin: str) -> BadRow:
+        """What is said of a row that is not of the format of the others."""
+        formats = self._formats_of(row, _filled)
+        if not formats:
+            return self._unknown(row, origin)
+        return BadRow(
+            f"{origin} is {_NAMES[formats[0]]}, but the samples are read as {self.format}; make "
+            "all samples the same kind, or set data.row_format",
+            reason="other_format",
+        )
+
+    def _unknown(self, row: Any, origin: str) -> BadRow:
+        if isinstance(row, Mapping):
+            return BadRow(
+                f"{origin} has the fields {sorted(map(str, row))}, but neither "
+                f"{self.messages_field!r}, nor {self.prompt_field!r} with {self.output_field!r}, "
+                f"nor {self.text_field!r}; {self._remedy(row)}",
+                reason="missing_field",
+            )
+        reason = "missing_field" if row is None else "wrong_type"
+        return BadRow(f"{origin} is {what(row)}; each sample must be {_SHAPES}", reason=reason)
+
+    def _remedy(self, row: Mapping[str, Any]) -> str:
+        if {"role", "content"} <= row.keys():
+            return "a message stands alone: a conversation is a list of messages"
+        if {"instruction", "output"} <= row.keys():
+            return 'set data.template to "alpaca"'
+        return (
+            "set data.text_field, data.messages_field, data.prompt_field and data.output_field, or "
+            "data.template"
+        )
+
+    def _check_template(self, rows: Sequence[Any], origins: Sequence[str]) -> None:
+        """A reference that no row can fill is the template's fault, not a row's."""
+        first = None
+        for row, origin in zip(rows, origins, strict=True):
+            if isinstance(row, str) or not isinstance(row, Mapping):
+                continue
+            try:
+                _check_references(self.template, row, origin)
+                return
+            except BadRow as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+
+def _plain(row: Any) -> Any:
+    return row.tolist() if isinstance(row, np.ndarray) else row
+
+
+def _filled(row: Mapping[str, Any], field: str) -> bool:
+    return row.get(field) is not None
+
+
+def _present(row: Mapping[str, Any], field: str) -> bool:
+    return field in row
+
+
+def _turns(texts: Sequence[Any], origin: str) -> tuple[Turn, ...]:
     """Checks [prompt, output, ...]; a prompt may be empty, an output may not."""
-    if texts and all(isinstance(text, Mapping) for text in texts):
-        raise _conversation_error(origin)
-    if not texts or len(texts) % 2:
-        raise ValueError(
+    if not len(texts) or len(texts) % 2:
+        raise BadRow(
             f"{origin} has {len(texts)} texts; a dialogue is [prompt, output, prompt, output, "
-            "...], an even number"
+            "...], an even number",
+            reason="uneven_dialogue",
         )
-    checks = _text, _filled
-    return [checks[i % 2](text, f"{origin}[{i}]") for i, text in enumerate(texts)]
+    turns = []
+    for index, text in enumerate(texts):
+        where = f"{origin}[{index}]"
+        if index % 2:
+            turns.append(Turn(as_filled(text, where, reason="empty_answer"), 1.0))
+        else:
+            turns.append(Turn(as_text(text, where), 0.0))
+    return tuple(turns)
 
 
 def read_prompt(value: Any, origin: str) -> str | list[str]:
     """Checks a prompt to generate from: a str, or [prompt, output, ..., prompt].
 
     Raises:
-        ValueError: it is neither; origin names it.
+        BadRow: it is neither; origin names it.
     """
-    if not isinstance(value, list | tuple):
-        return _text(value, origin)
+    if not is_list(value):
+        return as_text(value, origin)
     if len(value) % 2 == 0:
-        raise ValueError(
+        raise BadRow(
             f"{origin} has {len(value)} texts; it must be [prompt, output, ..., prompt], which "
-            "ends in a prompt"
+            "ends in a prompt",
+            reason="uneven_dialogue",
         )
-    return [_text(text, f"{origin}[{index}]") for index, text in enumerate(value)]
+    return [as_text(text, f"{origin}[{index}]") for index, text in enumerate(value)]
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        remedy = "decode it to a str" if isinstance(value, bytes) else "pass a str"
-        raise ValueError(f"{where} is {_what(value)}; {remedy}")
+def _parse_template(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} holds half of a surrogate pair at {error.start}; decode it as UTF-8 again"
-        ) from error
-    return str(value)
+        return list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"data.template {template!r} is malformed ({error})") from error
 
 
-def _filled(value: Any, where: str) -> str:
-    text = _text(value, where)
-    if not text:
-        raise ValueError(
-            f"{where} is empty, so there is nothing to train; leave this sample out, or set "
-            "data.filter, as in \"output != ''\""
-        )
-    return text
-
-
-def _conversation_error(origin: str) -> ValueError:
-    return ValueError(
-        f"{origin} is a conversation of messages, which cannot be read yet; pass "
-        "[prompt, output, prompt, output, ...] lists for now"
-    )
+def _check_references(template: str, row: Mapping[str, Any], origin: str) -> None:
+    """Plain {field} references only: no attributes, indices or conversions."""
+    for _, field, spec, conversion in _parse_template(_chosen(template, row)):
+        if field is not None and (spec or conversion or field not in row):
+            raise BadRow(
+                f"data.template refers to {{{field}}}, but {origin} has the fields {sorted(row)}; "
+                "write plain {field} references, and {{ }} for braces",
+                reason="missing_field",
+            )
 
 
 def _fill_template(template: str, row: Mapping[str, Any], origin: str) -> str:
-    """Plain {field} references only: no attributes, indices or conversions."""
-    if template == "alpaca":
-        template = _ALPACA_WITH_INPUT if "input" in row and row["input"] else _ALPACA
+    _check_references(template, row, origin)
     pieces = []
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"data.template {template!r} is malformed ({error})") from error
-    for literal, field, spec, conversion in parsed:
+    for literal, field, _, _ in _parse_template(_chosen(template, row)):
         pieces.append(literal)
-        if field is None:
-            continue
-        if spec or conversion or field not in row:
-            raise ValueError(
-                f"data.template refers to {{{field}}}, but {origin} has the fields {sorted(row)}; "
-                "write plain {field} references, and {{ }} for braces"
-            )
-        pieces.append(_text(row[field], f"{origin} field {field!r}"))
+        if field is not None:
+            pieces.append(as_text(row[field], f"{origin} field {field!r}"))
     return "".join(pieces)
 
 
-def _what(value: Any) -> str:
-    return "None" if value is None else f"{short(value)} ({type(value).__name__})"
-
-
-def short(value: Any) -> str:
-    """A value's repr, cut to what fits in an error line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _chosen(template: str, row: Mapping[str, Any]) -> str:
+    if template != "alpaca":
+        return template
+    return _ALPACA_WITH_INPUT if row.get("input") else _ALPACA

@@ -1,8 +1,9 @@
 """What users hand in becomes Samples: lists, datasets, files, hub names, functions.
 
-What comes in is any sequence of texts, of [prompt, output, ...] lists or of rows with
-fields, what goes out is a Samples that builds each Sample when it is read. Every row is
-checked once at the start, so that a wrong one is named before anything runs.
+What comes in is any sequence of texts, of [prompt, output, ...] lists, of conversations
+or of rows with fields, what goes out is a Samples that reads each row when it is asked
+for. The first rows are looked at for their format; a wrong row is a BadRow when it is
+read, which tokenization does once for each.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_sft.data.conversations import is_messages, read_chat_prompt
+from jax_sft.data.csv_cells import Cell
+from jax_sft.data.row_checks import short
 from jax_sft.data.row_filter import RowFilter
-from jax_sft.data.row_reader import RowReader, read_prompt, short
-from jax_sft.data.sources import Rows, load_rows
-from jax_sft.data.types import Sample, Samples, Turn
+from jax_sft.data.row_reader import RowReader, read_prompt
+from jax_sft.data.sources import FIRST_ROWS, RowNames, Rows, load_rows
+from jax_sft.data.types import Conversation, Samples
 
 
 def read_samples(
     samples: Sequence[Any],
     *,
+    row_format: str | None = None,
     text_field: str = "text",
     prompt_field: str = "prompt",
     output_field: str = "output",
@@ -29,13 +34,17 @@ def read_samples(
     template: str | None = None,
     filter: str | None = None,
     max_samples: int | None = None,
+    train_turns: str = "all",
 ) -> Samples:
     """Reads what Python users hand in.
 
     Args:
-        samples: a sequence of str, of [prompt, output, ...] lists or tuples, or of dicts
-            with the fields below; a `datasets.Dataset` or `datasets.Column`.
-        text_field: a row's text, where it has not both a prompt and an output.
+        samples: a sequence of str, of [prompt, output, ...] lists or tuples, of lists of
+            message dicts, or of dicts with the fields below; a `datasets.Dataset` or
+            `datasets.Column`.
+        row_format: "text", "dialogue", "prompt_output", "messages", "sharegpt" or
+            "tokens"; None: as the first rows are, by the order that RowReader gives.
+        text_field: a row's text.
         prompt_field: a row's prompt.
         output_field: a row's output.
         messages_field: a row's conversation.
@@ -43,15 +52,25 @@ def read_samples(
             fill; it is the prompt where the row has an output, else the whole text.
         filter: keeps the rows where it is true, such as "label == 1".
         max_samples: reads no further than this many kept rows.
+        train_turns: the answers of a conversation that are trained: "all", "last" or
+            "flagged", those whose messages say so.
 
     Returns:
-        Samples, all of text or all of dialogues.
+        Samples, all of one format; reading one raises BadRow where its row is wrong.
 
     Raises:
-        ValueError: there are no samples, or one of them is wrong; it is named.
+        ValueError: there are no samples, or the first ones are of no known format.
     """
-    reader = RowReader(text_field, prompt_field, output_field, messages_field, template)
-    rows = Rows("samples", _as_sequence(samples), lambda index: f"samples[{index}]")
+    reader = RowReader(
+        text_field=text_field,
+        prompt_field=prompt_field,
+        output_field=output_field,
+        messages_field=messages_field,
+        template=template,
+        train_turns=train_turns,
+        format=row_format,
+    )
+    rows = Rows("samples", as_sequence(samples), RowNames("samples[", "]"))
     return _read(rows, reader, filter=filter, max_samples=max_samples)
 
 
@@ -61,6 +80,7 @@ def load_samples(
     split: str = "train",
     format: str | None = None,
     num_proc: int = 1,
+    row_format: str | None = None,
     text_field: str = "text",
     prompt_field: str = "prompt",
     output_field: str = "output",
@@ -68,30 +88,42 @@ def load_samples(
     template: str | None = None,
     filter: str | None = None,
     max_samples: int | None = None,
+    train_turns: str = "all",
 ) -> Samples:
     """Reads what a config names: a file, a hub name, or a function that returns samples.
 
     Args:
-        source: a path (json, jsonl, csv, parquet, txt, each also .gz), a hub name,
+        source: a path (json, jsonl, csv, txt, each also .gz, parquet), a hub name,
             "module:function" or "path/to/file.py:function".
         split: of a hub dataset.
         format: overrides the file's suffix.
         num_proc: processes that read a dataset.
-        text_field: this and the rest as in `read_samples`.
+        row_format: this and the rest as in `read_samples`.
+        text_field: a row's text.
         prompt_field: a row's prompt.
         output_field: a row's output.
         messages_field: a row's conversation.
         template: what a row's fields fill.
-        filter: which rows are kept.
+        filter: which rows are kept. All cells of a CSV file are texts; compared with a
+            number, one is taken as a number.
         max_samples: how many of them.
+        train_turns: which answers of a conversation are trained.
 
     Raises:
-        ValueError: the source cannot be read, or a sample in it is wrong.
+        ValueError: the source cannot be read, or its first rows are of no known format.
     """
-    reader = RowReader(text_field, prompt_field, output_field, messages_field, template)
-    if _names_function(source):
-        values = _as_sequence(load_function(source)())
-        rows = Rows(source, values, lambda index: f"{source} sample {index}")
+    reader = RowReader(
+        text_field=text_field,
+        prompt_field=prompt_field,
+        output_field=output_field,
+        messages_field=messages_field,
+        template=template,
+        train_turns=train_turns,
+        format=row_format,
+    )
+    if names_function(source):
+        values = as_sequence(load_function(source)())
+        rows = Rows(source, values, RowNames(f"{source} sample "))
     else:
         rows = load_rows(source, split=split, format=format, num_proc=num_proc)
     return _read(rows, reader, filter=filter, max_samples=max_samples)
@@ -99,37 +131,37 @@ def load_samples(
 
 def load_eval_prompts(
     source: str | Sequence[Any],
-) -> tuple[list[str | list[str]], dict[str, list[Any]]]:
+) -> tuple[list[str | list[str] | Conversation], dict[str, list[Any]]]:
     """Reads prompts to generate from.
 
     Args:
-        source: prompts, each a str, a [prompt, output, ..., prompt] list, or a dict with
-            "prompt" and metadata; or a file of them or "module:function".
+        source: prompts, each a str, a [prompt, output, ..., prompt] list, a list of
+            messages that ends in a user's or a tool's, or a dict with "prompt" (any of
+            these) or "messages", and metadata; or a file of them or "module:function".
+            "tools" beside messages are the conversation's.
 
     Returns:
-        The prompts, and the metadata: for each key besides "prompt", a list with one
+        The prompts, and the metadata: for each key besides the prompt, a list with one
         value a prompt.
 
     Raises:
         ValueError: a prompt is wrong, or the prompts differ in their keys.
     """
-    name: Callable[[int], str] = lambda index: f"eval_prompts[{index}]"  # noqa: E731
+    name: Callable[[int], str] = RowNames("eval_prompts[", "]")
     if not isinstance(source, str):
-        values = _as_sequence(source, what="eval_prompts")
-    elif _names_function(source):
-        values = _as_sequence(load_function(source)(), what="eval_prompts")
+        values = as_sequence(source, what="eval_prompts")
+    elif names_function(source):
+        values = as_sequence(load_function(source)(), what="eval_prompts")
     else:
         rows = load_rows(source)
         values, name = rows.values, rows.name
     if not len(values):
         raise ValueError("eval_prompts is empty; pass at least one prompt, or None for none")
-    prompts: list[str | list[str]] = []
+    prompts: list[str | list[str] | Conversation] = []
     metadata: dict[str, list[Any]] = {}
     for index, value in enumerate(values):
-        row = dict(value) if isinstance(value, Mapping) else {"prompt": value}
-        if "prompt" not in row:
-            raise ValueError(f'{name(index)} has keys {sorted(row)}; it needs the key "prompt"')
-        prompts.append(read_prompt(row.pop("prompt"), name(index)))
+        prompt, row = _prompt_and_metadata(value, name(index))
+        prompts.append(prompt)
         if not index:
             metadata = {key: [] for key in row}
         if row.keys() != metadata.keys():
@@ -140,6 +172,23 @@ def load_eval_prompts(
         for key, extra in row.items():
             metadata[key].append(extra)
     return prompts, metadata
+
+
+def _prompt_and_metadata(
+    value: Any, origin: str
+) -> tuple[str | list[str] | Conversation, dict[str, Any]]:
+    """A prompt, and what its row says besides."""
+    row = dict(value) if isinstance(value, Mapping) else {"prompt": value}
+    field = next((name for name in ("prompt", "messages") if row.get(name) is not None), "prompt")
+    if field not in row:
+        raise ValueError(
+            f'{origin} has keys {sorted(row)}; it needs the key "prompt" or "messages"'
+        )
+    is_chat = field == "messages" or is_messages(row[field])
+    prompt = row.pop(field)
+    if is_chat:
+        return read_chat_prompt(prompt, origin, tools=row.pop("tools", None)), row
+    return read_prompt(prompt, origin), row
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -173,13 +222,13 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def _names_function(source: str) -> bool:
+def names_function(source: str) -> bool:
     """Whether a source is module:function and not a path, a URL or C:\\\\file."""
     place, _, name = source.rpartition(":")
     return bool(place) and name.isidentifier() and not Path(source).exists()
 
 
-def _as_sequence(samples: Any, *, what: str = "samples") -> Sequence[Any]:
+def as_sequence(samples: Any, *, what: str = "samples") -> Sequence[Any]:
     """Something with a length and an index; the common mistakes are errors."""
     if isinstance(samples, str | bytes | Mapping):
         remedy = (
@@ -188,6 +237,11 @@ def _as_sequence(samples: Any, *, what: str = "samples") -> Sequence[Any]:
             else (f"pass a list of them: [{short(samples)}]")
         )
         raise ValueError(f"{what} is a single {type(samples).__name__}; {remedy}")
+    if _is_stream(samples):
+        raise ValueError(
+            f"{what} is an IterableDataset, which has no length; set data.streaming to True, or "
+            "pass datasets.Dataset.from_generator"
+        )
     if hasattr(samples, "iterrows"):
         raise ValueError(f"{what} is a DataFrame; pass datasets.Dataset.from_pandas({what})")
     if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
@@ -206,14 +260,18 @@ def _is_table(rows: Any) -> bool:
     return hasattr(rows, "column_names") and hasattr(rows, "with_format")
 
 
+def _is_stream(rows: Any) -> bool:
+    return _is_table(rows) and not hasattr(rows, "__len__")
+
+
 def _read(rows: Rows, reader: RowReader, *, filter: str | None, max_samples: int | None) -> Samples:
-    """Filters, cuts and checks; the Samples build their turns again when they are read."""
+    """Filters, cuts and finds the format; the Samples read their rows when they are asked."""
     values, dropped = rows.values, {"blank_line": rows.num_blank} if rows.num_blank else {}
     name = rows.name
     if not len(values):
         raise ValueError(f"{rows.source} is empty; there must be at least one sample")
     if filter is not None:
-        indices, num_passed = _matching(values, rows.name, RowFilter(filter), max_samples)
+        indices, num_passed = _matching(rows, RowFilter(filter), max_samples)
         if not indices:
             raise ValueError(
                 f"data.filter {filter!r} keeps none of {num_passed} rows; correct it, or set None"
@@ -221,33 +279,25 @@ def _read(rows: Rows, reader: RowReader, *, filter: str | None, max_samples: int
         if num_passed > len(indices):
             dropped["filter"] = num_passed - len(indices)
         values = values.select(indices) if _is_table(values) else [values[i] for i in indices]
-        name = lambda index: rows.name(indices[index])  # noqa: E731
+        name = rows.name.of(indices)
     elif max_samples is not None:
         num_kept = min(max_samples, len(values))
         values = values.select(range(num_kept)) if _is_table(values) else values[:num_kept]
-
-    def to_sample(row: Any, index: int) -> Sample:
-        origin = name(index)
-        texts = reader.texts(row, origin)
-        turns = (Turn(text, len(texts) == 1 or i % 2 == 1) for i, text in enumerate(texts))
-        return Sample(tuple(turns), origin)
-
-    samples = Samples(values, to_sample, dropped=dropped)
-    kind = None
-    for index, sample in enumerate(samples):
-        this = "text" if len(sample.turns) == 1 else "a dialogue"
-        kind = kind or this
-        if this != kind:
-            raise ValueError(
-                f"{name(index)} is {this}, but {name(0)} is {kind}; make all samples the same kind"
-            )
-    return samples
+    first = [values[index] for index in range(min(FIRST_ROWS, len(values)))]
+    reader = reader.for_rows(first, [name(index) for index in range(len(first))])
+    return Samples(
+        values,
+        reader.content,
+        name=name,
+        format=reader.format,
+        source=rows.source,
+        dropped=dropped,
+    )
 
 
-def _matching(
-    values: Sequence[Any], name: Callable[[int], str], keep: RowFilter, max_samples: int | None
-) -> tuple[list[int], int]:
+def _matching(rows: Rows, keep: RowFilter, max_samples: int | None) -> tuple[list[int], int]:
     """The indices of the rows to keep, and how many rows were looked at."""
+    values = rows.values
     if _is_table(values):
         missing = sorted(keep.fields - set(values.column_names))
         if not missing and keep.fields:
@@ -256,19 +306,29 @@ def _matching(
     for index, row in enumerate(values):
         if len(indices) == max_samples:
             return indices, index
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{name(index)} is no row with fields; set data.filter to None")
-        if absent := sorted(keep.fields - row.keys()):
-            raise ValueError(
-                f"data.filter reads {absent[0]!r}, but {name(index)} has the fields {sorted(row)}"
-            )
-        try:
-            kept = keep(row)
-        except TypeError as error:
-            raise ValueError(
-                f"data.filter {keep.expression!r} fails on {name(index)} ({error}); compare fields "
-                "with literals of their own type"
-            ) from error
-        if kept:
+        if keeps(keep, row, rows.name(index), are_cells=rows.are_cells):
             indices.append(index)
     return indices, len(values)
+
+
+def keeps(keep: RowFilter, row: Any, origin: str, *, are_cells: bool) -> bool:
+    """Whether a filter keeps a row that origin names.
+
+    Raises:
+        ValueError: the filter cannot be asked of this row.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{origin} is no row with fields; set data.filter to None")
+    if absent := sorted(keep.fields - row.keys()):
+        raise ValueError(
+            f"data.filter reads {absent[0]!r}, but {origin} has the fields {sorted(row)}"
+        )
+    if are_cells:
+        row = {field: Cell(row[field]) for field in keep.fields}
+    try:
+        return keep(row)
+    except TypeError as error:
+        raise ValueError(
+            f"data.filter {keep.expression!r} fails on {origin} ({error}); compare fields "
+            "with literals of their own type"
+        ) from error

@@ -7,16 +7,25 @@ them on disk; a file that cannot be read is an error that names the file and the
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from jax_sft.data.text_files import (
+    check_unchanged,
+    csv_columns,
+    filled_lines,
+    head_of,
+    json_values,
+    open_text,
+    state_of,
+)
+
+FIRST_ROWS = 100  # what is looked at to learn what rows are
 _FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -24,23 +33,109 @@ _FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-_BUILDERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+_BUILDERS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet", "text": "text"}
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """A row's index to its name, as RowNames("samples[", "]")(3) == "samples[3]".
+
+    Attributes:
+        before: what stands before the number.
+        after: what stands behind it.
+        numbers: of each row; None: the index is the number.
+        step: added to the number, 1 where lines count from 1.
+    """
+
+    before: str
+    after: str = ""
+    numbers: np.ndarray | None = None
+    step: int = 0
+
+    def __call__(self, index: int) -> str:
+        """The name of the row at index."""
+        number = index if self.numbers is None else self.numbers[index]
+        return f"{self.before}{number + self.step}{self.after}"
+
+    def of(self, indices: Sequence[int]) -> RowNames:
+        """The names of the rows that were picked by these indices."""
+        picked = np.asarray(indices, np.int64)
+        return replace(self, numbers=picked if self.numbers is None else self.numbers[picked])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a source, a name for each, and how many blank lines were passed over."""
+    """Rows of a source, a name for each, and how many blank lines were passed over.
+
+    Attributes:
+        source: what they came from.
+        values: the rows.
+        name: a row's index to its name.
+        num_blank: blank lines between them.
+        are_cells: whether they are CSV cells, all of them str; a filter then compares a
+            cell with a number as a number.
+    """
 
     source: str
     values: Sequence[Any]
     name: Callable[[int], str]
     num_blank: int = 0
+    are_cells: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a source's name stands for: a folder, a file or URL of a kind, or a hub name.
+
+    Attributes:
+        what: "folder", "hub", "url" or "file".
+        source: the name, with ~ expanded where it is a path.
+        kind: of a file or URL, one of `data.format`.
+    """
+
+    what: str
+    source: str
+    kind: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The name as a path."""
+        return Path(self.source)
+
+
+def find_source(source: str, *, format: str | None = None) -> Place:
+    """Says what a name stands for.
+
+    Raises:
+        ValueError: it is a path with nothing there, or a file of an unknown format.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Place("folder", str(path))
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    by_name = _FORMATS.get(suffixes[-1]) if suffixes else None
+    if not path.exists() and "://" not in source:
+        if by_name or format or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise ValueError(
+                f"{source}: no such file; pass an existing file, a dataset on the hub, or "
+                "module:function"
+            )
+        return Place("hub", source)
+    kind = format or by_name
+    if kind is None:
+        raise ValueError(
+            f"{source}: the format is not clear from the name; set data.format to json, jsonl, "
+            "csv, parquet or text"
+        )
+    if kind == "parquet" and path.suffix == ".gz":
+        raise ValueError(f"{source}: Parquet files are compressed inside; unpack it with gunzip")
+    return Place("file", str(path), kind) if path.exists() else Place("url", source, kind)
 
 
 def load_rows(
     source: str, *, split: str = "train", format: str | None = None, num_proc: int = 1
 ) -> Rows:
-    """Opens a file (json, jsonl, csv, parquet, txt, each also .gz), a folder or a hub name.
+    """Opens a file (json, jsonl, csv, txt, each also .gz, parquet), a folder or a hub name.
 
     Args:
         source: a path, a URL that `datasets` can open, or a hub name such as "user/name".
@@ -51,161 +146,169 @@ def load_rows(
     Raises:
         ValueError: there is nothing under this name, or it cannot be read.
     """
-    suffixes = [suffix for suffix in Path(source).suffixes if suffix != ".gz"]
-    by_name = _FORMATS.get(suffixes[-1]) if suffixes else None
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _load_folder(path, split=split, num_proc=num_proc)
-    if not path.exists() and "://" not in source:
-        if by_name or format or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(
-                f"{source}: no such file; pass an existing file, a dataset on the hub, or "
-                "module:function"
-            )
-        return _load_hub(source, split=split, num_proc=num_proc)
-    kind = format or by_name
-    if kind is None:
-        raise ValueError(
-            f"{source}: the format is not clear from the name; set data.format to json, jsonl, "
-            "csv, parquet or text"
+    place = find_source(source, format=format)
+    path = place.path
+    if place.what in ("folder", "hub"):
+        table = open_dataset(place, split=split, num_proc=num_proc)
+        return Rows(place.source, table, names_of(place))
+    if place.what == "url":
+        return Rows(source, open_dataset(place, num_proc=num_proc), names_of(place))
+    state = state_of(path)
+    if place.kind == "text":
+        rows = _load_lines(path)
+    elif "json" in place.kind and not _holds_objects(path, place.kind):
+        rows = _load_json_values(path, place.kind)
+    else:
+        rows = _load_table(place, num_proc=num_proc)
+    check_unchanged(path, state)
+    return rows
+
+
+def names_of(place: Place) -> RowNames:
+    """Names rows by their number, where lines are not what is counted."""
+    named = place.source if place.what in ("hub", "url") else place.path.name
+    return RowNames(f"{named} row ")
+
+
+def open_dataset(
+    place: Place, *, split: str = "train", num_proc: int = 1, streaming: bool = False
+) -> Any:
+    """Opens a place with `datasets`: a Dataset, or an IterableDataset to stream.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    from datasets import load_dataset, load_from_disk  # takes a second to import
+
+    source = place.source
+    options = {"streaming": True} if streaming else {"num_proc": num_proc if num_proc > 1 else None}
+    try:
+        if place.what == "folder" and (place.path / "state.json").exists():
+            table = load_from_disk(source)
+            return table.to_iterable_dataset() if streaming else table
+        if place.what in ("folder", "hub"):
+            return load_dataset(source, split=split, **options)
+        if place.kind == "csv":
+            options |= _csv_options(place)
+        builder = _BUILDERS[place.kind]
+        return load_dataset(builder, data_files=source, split="train", **options)
+    except _datasets_errors() as error:
+        raise _unreadable(place, error) from error
+
+
+def _csv_options(place: Place) -> dict[str, Any]:
+    """All cells as they are written: neither numbers, nor "NA" and "None" as missing."""
+    from datasets import Features, Value
+
+    if place.what == "url":
+        return {"keep_default_na": False}
+    columns, _ = csv_columns(place.path)
+    return {
+        "keep_default_na": False,
+        "features": Features({column: Value("string") for column in columns}),
+    }
+
+
+def _unreadable(place: Place, error: Exception) -> ValueError:
+    cause = _first_line(error)
+    if place.what == "folder":
+        remedy = "pass one of its files"
+        return ValueError(
+            f"{place.source}: this folder cannot be read as a dataset ({cause}); {remedy}"
         )
-    if kind == "text":
-        return _load_lines(path)
-    if kind in ("json", "jsonl") and path.exists() and not _holds_objects(path, kind):
-        return _load_json_values(path, kind)
-    return _load_table(str(path) if path.exists() else source, kind, num_proc=num_proc)
-
-
-def _load_table(source: str, kind: str, *, num_proc: int) -> Rows:
-    from datasets import load_dataset  # takes a second to import
-
-    path = Path(source)
-    # By default "NA", "None" and "null" in a CSV file are read as missing values.
-    options = {"keep_default_na": False} if kind == "csv" else {}
-    try:
-        table = load_dataset(
-            _BUILDERS[kind],
-            data_files=source,
-            split="train",
-            num_proc=_workers(num_proc),
-            **options,
+    if place.what == "hub":
+        return ValueError(
+            f"{place.source}: neither a file nor a dataset that the hub gives ({cause}); pass a "
+            "file instead"
         )
-    except _datasets_errors() as error:
-        fault = _json_fault(path, kind) if "json" in kind and path.exists() else None
-        problem = fault or f"{source}: it cannot be read as {kind} ({_first_line(error)})"
-        raise ValueError(f"{problem}; correct the file, or set data.format") from error
-    if "json" in kind and path.exists() and _is_lines(path, kind):
-        numbers = _filled_lines(path)
-        return Rows(str(path), table, lambda index: f"{path.name} line {numbers[index]}")
-    return Rows(str(path), table, lambda index: f"{path.name} row {index}")
+    fault = None
+    if place.what == "file" and "json" in place.kind:
+        fault = _json_fault(place.path, place.kind)
+    elif place.what == "file" and isinstance(error, ValueError) and place.source in str(error):
+        fault = str(error)  # our own, which names the line
+    problem = fault or f"{place.source}: it cannot be read as {place.kind} ({cause})"
+    return ValueError(f"{problem}; correct the file, or set data.format")
 
 
-def _load_folder(path: Path, *, split: str, num_proc: int) -> Rows:
-    from datasets import load_dataset, load_from_disk
-
-    try:
-        if (path / "state.json").exists():
-            table = load_from_disk(str(path))
-        else:
-            table = load_dataset(str(path), split=split, num_proc=_workers(num_proc))
-    except _datasets_errors() as error:
+def _load_table(place: Place, *, num_proc: int) -> Rows:
+    path, kind = place.path, place.kind
+    if kind == "csv":
+        _, num_rows = csv_columns(path)
+        table = open_dataset(place, num_proc=num_proc) if num_rows else []
+        return Rows(str(path), table, names_of(place), are_cells=True)
+    if kind == "parquet":
+        return Rows(str(path), open_dataset(place, num_proc=num_proc), names_of(place))
+    # Arrays are read by a parser that keeps the last of two equal keys without a word.
+    if fault := _json_fault(path, kind, most_rows=FIRST_ROWS):
+        raise ValueError(f"{fault}; correct the file, or set data.format")
+    table = open_dataset(place, num_proc=num_proc)
+    if not is_lines(path, kind):
+        return Rows(str(path), table, names_of(place))
+    numbers = filled_lines(path)
+    if len(numbers) != len(table):
         raise ValueError(
-            f"{path}: this folder cannot be read as a dataset ({_first_line(error)}); pass one of "
-            "its files"
-        ) from error
-    return Rows(str(path), table, lambda index: f"{path.name} row {index}")
-
-
-def _load_hub(name: str, *, split: str, num_proc: int) -> Rows:
-    from datasets import load_dataset
-
-    try:
-        table = load_dataset(name, split=split, num_proc=_workers(num_proc))
-    except _datasets_errors() as error:
-        raise ValueError(
-            f"{name}: neither a file nor a dataset that the hub gives ({_first_line(error)}); pass "
-            "a file instead"
-        ) from error
-    return Rows(name, table, lambda index: f"{name} row {index}")
+            f"{path}: {len(table)} rows on {len(numbers)} lines; write each row on a line of its "
+            "own, and nothing to the file while it is read"
+        )
+    return Rows(str(path), table, RowNames(f"{path.name} line ", numbers=numbers))
 
 
 def _load_lines(path: Path) -> Rows:
     """Each line that is not blank is a text."""
-    with _open(path) as file:
+    with open_text(path) as file:
         lines = [line.rstrip("\n") for line in file]
-    numbers = [number for number, line in enumerate(lines, 1) if line.strip()]
+    numbers = np.array([n for n, line in enumerate(lines, 1) if line.strip()], np.int64)
     texts = [lines[number - 1] for number in numbers]
     num_blank = len(lines) - len(texts)
-    return Rows(str(path), texts, lambda index: f"{path.name} line {numbers[index]}", num_blank)
+    return Rows(str(path), texts, RowNames(f"{path.name} line ", numbers=numbers), num_blank)
 
 
 def _load_json_values(path: Path, kind: str) -> Rows:
     """Strings or lists, as one JSON array or a value a line; read into memory."""
-    if problem := _json_fault(path, kind):
-        raise ValueError(f"{problem}; correct the file")
-    if _is_lines(path, kind):
-        with _open(path) as file:
-            values = [json.loads(line) for line in file if line.strip()]
-        numbers = _filled_lines(path)
-        return Rows(str(path), values, lambda index: f"{path.name} line {numbers[index]}")
-    with _open(path) as file:
-        return Rows(str(path), json.load(file), lambda index: f"{path.name} row {index}")
+    are_lines = is_lines(path, kind)
+    numbers, values = [], []
+    for number, value in json_values(path, are_lines=are_lines) if head_of(path) else ():
+        numbers.append(number)
+        values.append(value)
+    names = RowNames(f"{path.name} line ", numbers=np.array(numbers, np.int64))
+    return Rows(str(path), values, names if are_lines else RowNames(f"{path.name} row "))
 
 
-def _head(path: Path) -> str:
-    with _open(path) as file:
-        return file.read(4096).lstrip()
-
-
-def _is_lines(path: Path, kind: str) -> bool:
+def is_lines(path: Path, kind: str) -> bool:
     """Whether a JSON file is a value a line, and not one array."""
-    return kind == "jsonl" or not _head(path).startswith("[")
+    return kind == "jsonl" or not head_of(path).startswith("[")
 
 
 def _holds_objects(path: Path, kind: str) -> bool:
     """Whether the values are objects, which `datasets` reads, going by the first."""
-    head = _head(path)
-    return head.removeprefix("" if _is_lines(path, kind) else "[").lstrip().startswith("{")
+    head = head_of(path)
+    return head.removeprefix("" if is_lines(path, kind) else "[").lstrip().startswith("{")
 
 
-def _json_fault(path: Path, kind: str) -> str | None:
-    """Where a JSON file stops being JSON, or None if it does not."""
-    are_lines = _is_lines(path, kind)
-    with _open(path) as file:
-        for number, piece in enumerate(file if are_lines else [file.read()], 1):
-            try:
-                if piece.strip():
-                    json.loads(piece)
-            except json.JSONDecodeError as error:
-                line = number if are_lines else error.lineno
-                return f"{path} line {line}: malformed JSON ({error.msg})"
+def _json_fault(path: Path, kind: str, *, most_rows: int | None = None) -> str | None:
+    """What is wrong with a JSON file or its first rows, and where; None if nothing is."""
+    try:
+        for line, value in islice(json_values(path, are_lines=is_lines(path, kind)), most_rows):
+            if broken_text(value):
+                return f"{path} line {line}: a text holds half of a surrogate pair"
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _filled_lines(path: Path) -> np.ndarray:
-    """The numbers, from 1, of the lines that are not blank."""
-    with _open(path) as file:
-        return np.fromiter((n for n, line in enumerate(file, 1) if line.strip()), np.int64)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:
-        try:
-            yield file
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it") from error
+def broken_text(value: Any) -> bool:
+    """Whether a text in a JSON value holds half of a surrogate pair, which no UTF-8 can."""
+    if isinstance(value, str):
+        return any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return any(map(broken_text, (*value, *value.values())))
+    return isinstance(value, list) and any(map(broken_text, value))
 
 
 def _datasets_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
 
     return DatasetsError, OSError, ValueError, RuntimeError, StopIteration
-
-
-def _workers(num_proc: int) -> int | None:
-    return num_proc if num_proc > 1 else None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,202 @@
+"""Text files as they are found: opened, counted, and the line named where they are wrong.
+
+What comes in is a path (a .gz file is read as what is in it), what goes out are lines,
+JSON values with their line numbers, or a CSV file's columns. A fault is a ValueError
+that names the file, the line and the remedy.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+@contextmanager
+def open_text(path: Path, *, newline: str | None = None) -> Iterator[IO[str]]:
+    """Opens a file as UTF-8 text; bytes that are none are an error that names their line."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        try:
+            yield file
+        except UnicodeDecodeError as error:
+            line = _line_that_is_no_text(path)
+            raise ValueError(
+                f"{path} line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+            ) from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: no whole gzip file ({error}); make it again") from error
+
+
+def _line_that_is_no_text(path: Path) -> int:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1  # a character is cut where the file ends
+
+
+def filled_lines(path: Path) -> np.ndarray:
+    """The numbers, from 1, of the lines that are not blank."""
+    with open_text(path) as file:
+        return np.fromiter((n for n, line in enumerate(file, 1) if line.strip()), np.int64)
+
+
+def head_of(path: Path) -> str:
+    """What a file begins with, blanks aside."""
+    with open_text(path) as file:
+        return file.read(4096).lstrip()
+
+
+def json_values(path: Path, *, are_lines: bool) -> Iterator[tuple[int, Any]]:
+    """Reads a value a line, or the values of one array, each with the line it begins on.
+
+    Raises:
+        ValueError: the file is no JSON, an object has a key twice, or a text is broken.
+    """
+    with open_text(path) as file:
+        try:
+            if are_lines:
+                yield from _values_of_lines(file, path)
+            else:
+                yield from _values_of_array(file.read(), path)
+        except RecursionError:
+            raise ValueError(f"{path}: values nested too deep; flatten them") from None
+
+
+def json_value(line: str, path: Path, number: int) -> Any:
+    """The value that one line of a file holds; an error names the line by its number."""
+    try:
+        value = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {number}: malformed JSON ({error.msg})") from error
+    except _DuplicateKey as error:
+        raise _duplicate(path, number, error.args[0]) from None
+    return value
+
+
+def _values_of_lines(lines: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, json_value(line, path, number)
+
+
+def _values_of_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    at = counted = _after_blanks(text, 0)
+    line = 1 + text.count("\n", 0, at)
+    try:
+        at = _after_blanks(text, at + 1)  # the bracket
+        while text[at : at + 1] != "]":
+            line, counted = line + text.count("\n", counted, at), at
+            value, at = decoder.raw_decode(text, at)
+            yield line, value
+            at = _after_blanks(text, at)
+            if text[at : at + 1] == ",":
+                at = _after_blanks(text, at + 1)
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if _after_blanks(text, at + 1) != len(text):
+            raise json.JSONDecodeError("Extra data", text, at + 1)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {error.lineno}: malformed JSON ({error.msg})") from error
+    except _DuplicateKey as error:
+        raise _duplicate(path, line, error.args[0]) from None
+
+
+def _after_blanks(text: str, start: int) -> int:
+    return _BLANK.match(text, start).end()
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+    return value
+
+
+def _duplicate(path: Path, line: int, key: str) -> ValueError:
+    return ValueError(
+        f"{path} line {line}: an object has the key {key!r} twice, so that one value would be "
+        "lost; rename one"
+    )
+
+
+def csv_columns(path: Path) -> tuple[list[str], int]:
+    """The columns of a CSV file, and how many rows follow; every row is looked at.
+
+    A row of another width is an error: readers shift such a row's cells without a word.
+
+    Raises:
+        ValueError: two columns have one name, or a row has not one cell a column.
+    """
+    columns: list[str] = []
+    num_rows = 0
+    with _long_cells(), open_text(path, newline="") as file:
+        rows = csv.reader(file)
+        try:
+            for cells in rows:
+                if not cells:  # a blank line
+                    continue
+                if not columns:
+                    columns = cells
+                    _check_names(path, columns)
+                    continue
+                if len(cells) != len(columns):
+                    raise ValueError(
+                        f"{path} line {rows.line_num}: {len(cells)} cells, but {len(columns)} "
+                        "columns; quote cells that hold a comma or a quotation mark"
+                    )
+                num_rows += 1
+        except csv.Error as error:
+            raise ValueError(f"{path} line {rows.line_num}: malformed CSV ({error})") from error
+    return columns, num_rows
+
+
+def _check_names(path: Path, columns: list[str]) -> None:
+    for name in columns:
+        if columns.count(name) > 1:
+            raise ValueError(f"{path}: two columns are named {name!r}; rename one of them")
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Lifts the limit of 131,072 characters a cell, which is the whole process's."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """What changes when a file is written to: its size and its time."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, state: tuple[int, int]) -> None:
+    """Raises ValueError if a file was written to since state_of(path) was taken."""
+    if not path.exists() or state_of(path) != state:
+        raise ValueError(
+            f"{path}: the file changed while it was read; read a copy, or wait until it is written"
+        )
