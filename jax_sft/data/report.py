@@ -1,73 +1,116 @@
-"""What will be trained, in numbers: the data report, and an example in colour.
+"""What will be trained, in numbers: the data report.
 
-What comes in are the examples, their counts and the plan of their rows, what goes out
-is a dict for data_report.json, a table for the console, and an error where answers
-would not teach the model to stop.
+What comes in are the examples, what became of every row and the plan of the packed rows.
+What goes out is a dict for data_report.json, tables for the console, and an error where the
+data would teach nothing, or not to stop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from jax_sft.data.packing import Plan
-from jax_sft.data.types import Counts, Example, Examples
+from jax_sft.data.token_view import printable
+from jax_sft.data.types import Counts, Examples, ExampleSet, Source
 
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+_MAX_BINS = 24
+_PRINTED_BINS = 12
+_NUM_LONGEST = 5
+_BAR_WIDTH = 40
+# Each is reported where there are any, in these words.
+NOTES = {
+    "truncated": "rows lost tokens to train.seq_length",
+    "split": "rows were split into several examples",
+    "untrained_chunks": "chunks of split rows train nothing and were left out",
+    "unrolled": "conversations became an example an answer: the template rewrites earlier turns",
+    "retokenized_boundaries": "places where the last of the prompt and the first of the answer "
+    "would make one token, and were kept apart",
+    "answers_without_stop": "whole answers train no stop token",
+    "rows_with_more_stops": "rows train a stop token inside an answer, too",
+    "added_stops": "answers were given an EOS, since the template writes no stop token",
+    "examples_with_reasoning": "examples think before they answer",
+    "unrendered_reasoning": "answers have reasoning that the template leaves out",
+}
 
 
-def data_report(
-    examples: Examples,
-    counts: Counts,
+def run_report(
+    train: ExampleSet,
+    evals: Mapping[str, ExampleSet],
     *,
     plan: Plan | None = None,
     steps_per_epoch: int | None = None,
 ) -> dict[str, Any]:
-    """The data report, ready for JSON.
+    """A run's whole report: of what is trained, and under "eval" of each held-out set by name.
+
+    Raises:
+        ValueError: counts do not add up.
+    """
+    report = data_report(train, plan=plan, steps_per_epoch=steps_per_epoch)
+    if evals:
+        report["eval"] = {name: data_report(example_set) for name, example_set in evals.items()}
+    return report
+
+
+def data_report(
+    example_set: ExampleSet, *, plan: Plan | None = None, steps_per_epoch: int | None = None
+) -> dict[str, Any]:
+    """The report of one set of examples, ready for JSON.
 
     Args:
-        examples: what `tokenize_samples` returned.
-        counts: what it returned beside them.
+        example_set: examples, and what became of every row.
         plan: of one epoch, `batches.plan(0)`; adds rows and packing_efficiency.
         steps_per_epoch: `batches.steps_in_epoch(0)`; added where known.
 
     Returns:
-        Row counts that add up (rows_read = kept + the sum of dropped), tokens (inputs of
-        all examples), trained_tokens, their share, quantiles of the examples' lengths.
+        Row counts that add up (rows_read = kept + the sum of dropped), in all and by source;
+        tokens and trained_tokens, of all examples, which is of an epoch; quantiles and
+        histograms of both by example; the longest examples, one a row; all other Counts.
 
     Raises:
-        ValueError: the counts do not add up, or an answer trains no stop token.
+        ValueError: the counts do not add up.
     """
-    num_dropped = sum(counts.dropped.values())
-    if counts.rows_read != counts.kept + num_dropped:
-        raise ValueError(
-            f"{counts.rows_read} rows were read, but {counts.kept} kept and {num_dropped} dropped; "
-            "the counts must add up, so pass those that tokenize_samples returned"
-        )
-    check_stop_tokens(counts)
-    num_tokens = int(examples.lengths_N.sum())
-    num_trained = int(np.count_nonzero(examples.weights))
+    examples, counts, sources = example_set
+    _check_counts(counts, sources)
+    lengths_N, trained_N = examples.lengths_N, _trained_N(examples)
+    num_tokens, num_trained = int(lengths_N.sum()), int(trained_N.sum())
     report: dict[str, Any] = {
-        "rows_read": counts.rows_read,
-        "kept": counts.kept,
-        "dropped": dict(counts.dropped),
-        "truncated": counts.truncated,
-        "split": counts.split,
+        **_fates(counts),
+        "sources": [
+            {
+                "name": source.name,
+                "format": source.format,
+                "times": source.times,
+                **_fates(source.counts),
+            }
+            for source in sources
+        ],
+        "problems": {reason: list(shown) for reason, shown in counts.shown.items()},
         "untrained_chunks": counts.untrained_chunks,
         "examples": len(examples),
         "tokens": num_tokens,
         "trained_tokens": num_trained,
         "trained_share": num_trained / max(num_tokens, 1),
-        "lengths": _quantiles(examples.lengths_N),
+        "lengths": _quantiles(lengths_N),
+        "length_histogram": histogram(lengths_N),
+        "trained_lengths": _quantiles(trained_N),
+        "trained_histogram": histogram(trained_N),
+        "longest": _longest(examples),
         "retokenized_boundaries": counts.retokenized_boundaries,
-        "stop_token": counts.stop_token,
+        "stop_tokens": dict(counts.stop_tokens),
         "untruncated_answers": counts.untruncated_answers,
         "answers_without_stop": counts.answers_without_stop,
         "rows_with_more_stops": counts.rows_with_more_stops,
+        "added_stops": counts.added_stops,
+        "examples_with_reasoning": counts.examples_with_reasoning,
+        "unrendered_reasoning": counts.unrendered_reasoning,
     }
     if plan is not None:
         report["rows"] = plan.num_rows
@@ -77,89 +120,251 @@ def data_report(
     return report
 
 
-def _quantiles(lengths_N: np.ndarray) -> dict[str, int]:
-    """Lengths that occur, in tokens; nothing where there are no examples."""
-    if not len(lengths_N):
+def _fates(counts: Counts) -> dict[str, Any]:
+    return {
+        "rows_read": counts.rows_read,
+        "kept": counts.kept,
+        "dropped": dict(counts.dropped),
+        "truncated": counts.truncated,
+        "split": counts.split,
+        "unrolled": counts.unrolled,
+    }
+
+
+def _check_counts(counts: Counts, sources: tuple[Source, ...]) -> None:
+    for where, part in [("", counts), *((f"{s.name}: ", s.counts) for s in sources)]:
+        num_dropped = sum(part.dropped.values())
+        if part.rows_read != part.kept + num_dropped:
+            raise ValueError(
+                f"{where}{part.rows_read} rows were read, but {part.kept} kept and {num_dropped} "
+                "dropped; the counts must add up, so pass those that tokenization returned"
+            )
+    num_read = sum(source.counts.rows_read for source in sources)
+    if sources and num_read != counts.rows_read:
+        raise ValueError(
+            f"{counts.rows_read} rows were read, but {num_read} from the sources together; the "
+            "counts must add up, so pass those that tokenization returned"
+        )
+
+
+def _trained_N(examples: Examples) -> np.ndarray:
+    """The number of trained tokens of each example, int64."""
+    if not len(examples):
+        return np.zeros(0, np.int64)
+    return np.add.reduceat(examples.weights != 0, examples.offsets[:-1], dtype=np.int64)
+
+
+def _quantiles(values_N: np.ndarray) -> dict[str, int]:
+    """Values that occur, in tokens; nothing where there are no examples."""
+    if not len(values_N):
         return {}
-    values = np.quantile(lengths_N, list(_QUANTILES.values()), method="higher")
+    values = np.quantile(values_N, list(_QUANTILES.values()), method="higher")
     return {name: int(value) for name, value in zip(_QUANTILES, values, strict=True)}
 
 
-def check_stop_tokens(counts: Counts) -> None:
-    """Fails if the model would not learn to end the answers that are whole.
+def histogram(values_N: np.ndarray) -> dict[str, list[int]]:
+    """Counts values in at most 24 bins: of one width up to the 99th percentile, then the tail.
+
+        values 1 to 200, 5000    edges  0 10 20 ... 200 5001
+                                 counts  9 10 ...   2
+
+    So a few long examples do not push all others into one bin. Widths are 1, 2 or 5 times a
+    power of ten.
+
+    Args:
+        values_N: whole numbers, at least 0.
+
+    Returns:
+        edges, one more than counts: bin i holds edges[i] <= value < edges[i + 1].
+    """
+    if not len(values_N):
+        return {"edges": [], "counts": []}
+    largest = int(values_N.max())
+    bulk = int(np.quantile(values_N, 0.99, method="higher"))
+    widths = (step * 10**power for power in range(19) for step in (1, 2, 5))
+    width = next(width for width in widths if bulk // width + 1 < _MAX_BINS)
+    edges = [width * index for index in range(bulk // width + 2)]
+    if largest >= edges[-1]:
+        edges.append(largest + 1)
+    counts, _ = np.histogram(values_N, edges)
+    return {"edges": edges, "counts": counts.tolist()}
+
+
+def _longest(examples: Examples) -> list[dict[str, Any]]:
+    """The longest examples, the first ones of equal length, and one of each row."""
+    lengths_N = examples.lengths_N
+    if not len(lengths_N):
+        return []
+    num_looked_at = min(64, len(lengths_N))  # chunks of one split row are passed over
+    least = np.partition(lengths_N, -num_looked_at)[-num_looked_at]
+    longer, equal = np.flatnonzero(lengths_N > least), np.flatnonzero(lengths_N == least)
+    indices = np.concatenate([longer, equal[:num_looked_at]])
+    indices = indices[np.argsort(-lengths_N[indices], kind="stable")]
+    tokens: dict[str, int] = {}
+    for index in indices.tolist():
+        tokens.setdefault(examples[index].origin, int(lengths_N[index]))
+    named = list(tokens.items())[:_NUM_LONGEST]
+    return [{"origin": origin, "tokens": number} for origin, number in named]
+
+
+def check_stop_tokens(counts: Counts, *, stop_tokens: Sequence[str] = ()) -> None:
+    """Fails if the data would teach nothing, or not to end the answers that are whole.
 
     Truncated answers have lost their end and are not looked at. An answer whose own text
     holds the stop token trains more than one; those are reported, not refused.
 
+    Args:
+        counts: what became of all rows that are trained.
+        stop_tokens: the texts of the tokens that were looked for, where they were chosen.
+
     Raises:
-        ValueError: an untruncated answer trains no stop token.
+        ValueError: no row is trained, or an untruncated answer trains no stop token.
     """
-    if counts.answers_without_stop:
+    if not counts.kept:
         raise ValueError(
-            f"{counts.answers_without_stop} of {counts.untruncated_answers} untruncated answers "
-            f"train no stop token {counts.stop_token!r}, so the model would not learn to stop; set "
-            "tokenizer.add_eos=True, or False if this is intended"
+            f"nothing would be trained: {counts.rows_read:,} rows were read, and none was kept"
+            f"{_listed(counts.dropped)}; see their problems in the data report, and check the "
+            "data's fields, train.seq_length, data.filter and data.train_turns"
         )
+    if counts.answers_without_stop:
+        names = dict.fromkeys([*stop_tokens, *counts.stop_tokens])
+        looked_for = " or ".join(map(repr, names)) or "(none is known)"
+        raise ValueError(
+            f"{counts.answers_without_stop:,} of {counts.untruncated_answers:,} untruncated "
+            f"answers train no stop token {looked_for}, so the model would not learn to stop; name "
+            "the token that ends an answer in tokenizer.stop_tokens, set tokenizer.add_eos=True, "
+            "or choose another tokenizer.chat_template"
+        )
+
+
+def _listed(dropped: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{number:,} {_words(reason)}" for reason, number in dropped.items())
+    return f" (dropped: {reasons})" if reasons else ""
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report's lines as (what, value); what is zero and unremarkable is left out."""
+    lines = [("rows", f"{report['rows_read']:,} read, {report['kept']:,} kept")]
+    for reason, number in report["dropped"].items():
+        lines.append(("dropped", f"{number:,} ({_words(reason)})"))
+    lines += [
+        ("examples", f"{report['examples']:,}"),
+        ("lengths", _quantile_line(report["lengths"])),
+        ("trained an example", _quantile_line(report["trained_lengths"])),
+        (
+            "tokens an epoch",
+            f"{report['tokens']:,}, {report['trained_tokens']:,} trained "
+            f"({report['trained_share']:.1%})",
+        ),
+        ("stop tokens", _stop_line(report)),
+    ]
+    if "rows" in report:
+        packed = f"{report['rows']:,}, {report['packing_efficiency']:.1%} full"
+        lines.append(("packed rows", packed))
+    if "steps_per_epoch" in report:
+        steps = report["steps_per_epoch"]
+        each = round(report["trained_tokens"] / max(steps, 1))
+        lines.append(("steps an epoch", f"{steps:,} of about {each:,} trained tokens"))
+    for name, meaning in NOTES.items():
+        if report[name]:
+            lines.append((_words(name), f"{report[name]:,} {meaning}"))
+    return lines
+
+
+def _quantile_line(quantiles: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in quantiles.items()) or "none"
+
+
+def _stop_line(report: dict[str, Any]) -> str:
+    """Which tokens end the whole answers."""
+    ends = [f"{token!r} ends {number:,}" for token, number in report["stop_tokens"].items()]
+    if not ends:
+        return "none"
+    return f"{', '.join(ends)} of {report['untruncated_answers']:,} whole answers"
 
 
 def print_report(
     report: dict[str, Any], *, title: str = "data", console: Console | None = None
 ) -> None:
-    """Prints a data report as a table of one fact a line.
+    """Prints a report: its facts, sources, lengths, longest examples and dropped rows.
 
     Args:
-        report: what `data_report` returned.
+        report: what `run_report` or `data_report` returned; eval sets have reports of their own.
         title: what stands above it.
         console: where to; None is standard output.
     """
-    table = Table(title=title, show_header=False, title_justify="left", min_width=40)
-    for name, value in _facts(report):
-        table.add_row(name, value)
-    (console or Console()).print(table)
+    console = console or Console()
+
+    def text(value: str) -> Text:  # Text, since a file may be called [bold]
+        return Text(printable(value, console))
+
+    table = Table(title=text(title), show_header=False, title_justify="left", min_width=40)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts(report):
+        table.add_row(text(name), text(value))
+    console.print(table)
+    if len(report["sources"]) > 1:
+        for source in report["sources"]:
+            console.print(text(f"{source['name']}, {source['format']}"))
+            _print_indented(text(_source_line(source)), console)
+    if report["examples"]:
+        console.print(Text("tokens an example"))
+        _print_indented(_bars(report["length_histogram"], console), console)
+        console.print(Text("the longest"))
+    for row in report["longest"]:
+        _print_indented(text(f"{row['tokens']:,} tokens: {row['origin']}"), console)
+    for reason, problems in report["problems"].items():
+        console.print(Text(f"dropped ({_words(reason)}), the first ones"))
+        for problem in problems:
+            _print_indented(text(problem), console)
 
 
-def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The lines of the printed report; what is zero and unremarkable is left out."""
-    facts = [("rows", f"{report['rows_read']:,} read, {report['kept']:,} kept")]
-    for reason, number in report["dropped"].items():
-        facts.append(("dropped", f"{number:,} ({reason.replace('_', ' ')})"))
-    for name in ("truncated", "split", "untrained_chunks", "rows_with_more_stops"):
-        if report[name]:
-            facts.append((name.replace("_", " "), f"{report[name]:,}"))
-    if report["retokenized_boundaries"]:
-        number = report["retokenized_boundaries"]
-        facts.append(("retokenized boundaries", f"{number:,} (prompt and output would merge)"))
-    lengths = ", ".join(f"{name} {value:,}" for name, value in report["lengths"].items())
-    facts.append(("examples", f"{report['examples']:,}"))
-    facts.append(("lengths", lengths or "none"))
-    share = f"{report['trained_share']:.1%}"
-    trained = f"{report['tokens']:,}, {report['trained_tokens']:,} trained ({share})"
-    facts.append(("tokens", trained))
-    stop = report["stop_token"]
-    answers = f"{stop!r} in {report['untruncated_answers']:,} whole answers" if stop else "none"
-    facts.append(("stop token", answers))
-    if "rows" in report:
-        packed = f"{report['rows']:,}, {report['packing_efficiency']:.1%} full"
-        facts.append(("packed rows", packed))
-    if "steps_per_epoch" in report:
-        facts.append(("steps an epoch", f"{report['steps_per_epoch']:,}"))
-    return facts
+def _print_indented(text: Text, console: Console) -> None:
+    console.print(Padding.indent(text, 2))
 
 
-def coloured(example: Example) -> Text:
-    """An example's tokens, the trained ones green and marked by position, not by id.
+def _source_line(source: dict[str, Any]) -> str:
+    parts = [f"{source['rows_read']:,} read", f"{source['kept']:,} kept"]
+    parts += [
+        f"{source[name]:,} {name}" for name in ("truncated", "split", "unrolled") if source[name]
+    ]
+    parts += [
+        f"{number:,} dropped ({_words(reason)})" for reason, number in source["dropped"].items()
+    ]
+    times = "" if source["times"] == 1 else f"; seen {source['times']:g} times an epoch"
+    return ", ".join(parts) + times
 
-    Each token is shown as its text; special tokens and bytes that are no character of
-    their own appear as the tokenizer names them.
-    """
-    if example.tokenizer is None:
-        raise ValueError("this Example has no tokenizer to show tokens with; give Examples one")
-    trained = [False, *(example.weights_T > 0).tolist()]
-    text = Text()
-    for index, (token_id, is_trained) in enumerate(zip(example.ids, trained, strict=True)):
-        shown = example.tokenizer.decode([token_id])
-        if not shown or "\ufffd" in shown:
-            shown = example.tokenizer.convert_ids_to_tokens(token_id)
-        shade = ("green" if is_trained else "bright_black") + (" underline" if index % 2 else "")
-        text.append(shown, style=shade)
-    return text
+
+def bin_names(edges: list[int]) -> list[str]:
+    """What each bin holds: "0-9", or "7" where it holds one value."""
+    return [
+        f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+
+
+def _bars(held: dict[str, list[int]], console: Console) -> Text:
+    """A bar a line; the longest is 40 wide, and what is not 0 has at least a thin one."""
+    edges, counts = held["edges"], held["counts"]
+    if len(counts) > _PRINTED_BINS:  # two bins a line, but the last ones always end at max
+        counts = [sum(counts[index : index + 2]) for index in range(0, len(counts), 2)]
+        edges = [*edges[:-1:2], edges[-1]]
+    names, most = bin_names(edges), max(counts)
+    name_width, count_width = max(map(len, names)), len(f"{most:,}")
+    lines = []
+    for name, count in zip(names, counts, strict=True):
+        bar = _bar(count / most, console)
+        lines.append(f"{name:>{name_width}}  {count:>{count_width},}  {bar}".rstrip())
+    return Text("\n".join(lines))
+
+
+def _bar(share: float, console: Console) -> str:
+    if console.options.ascii_only:
+        return "#" * max(round(share * _BAR_WIDTH), share > 0)
+    eighths = max(round(share * _BAR_WIDTH * 8), share > 0)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
