@@ -171,9 +171,21 @@ def names_of(place: Place) -> RowNames:
 
 
 def open_dataset(
-    place: Place, *, split: str = "train", num_proc: int = 1, streaming: bool = False
+    place: Place,
+    *,
+    split: str = "train",
+    num_proc: int = 1,
+    streaming: bool = False,
+    columns: Sequence[str] | None = None,
 ) -> Any:
     """Opens a place with `datasets`: a Dataset, or an IterableDataset to stream.
+
+    Args:
+        place: where the rows are.
+        split: of a hub dataset or a folder.
+        num_proc: processes that `datasets` reads with.
+        streaming: whether rows are read when they are asked for.
+        columns: of a CSV file, whose cells are then read as they are written.
 
     Raises:
         ValueError: it cannot be read.
@@ -189,24 +201,21 @@ def open_dataset(
         if place.what in ("folder", "hub"):
             return load_dataset(source, split=split, **options)
         if place.kind == "csv":
-            options |= _csv_options(place)
+            options |= _csv_options(columns)
         builder = _BUILDERS[place.kind]
         return load_dataset(builder, data_files=source, split="train", **options)
     except _datasets_errors() as error:
         raise _unreadable(place, error) from error
 
 
-def _csv_options(place: Place) -> dict[str, Any]:
-    """All cells as they are written: neither numbers, nor "NA" and "None" as missing."""
+def _csv_options(columns: Sequence[str] | None) -> dict[str, Any]:
+    """Cells as they are written: neither numbers, nor "NA" and "None" as missing."""
     from datasets import Features, Value
 
-    if place.what == "url":
-        return {"keep_default_na": False}
-    columns, _ = csv_columns(place.path)
-    return {
-        "keep_default_na": False,
-        "features": Features({column: Value("string") for column in columns}),
-    }
+    options: dict[str, Any] = {"keep_default_na": False}
+    if columns is not None:
+        options["features"] = Features({column: Value("string") for column in columns})
+    return options
 
 
 def _unreadable(place: Place, error: Exception) -> ValueError:
@@ -221,11 +230,8 @@ def _unreadable(place: Place, error: Exception) -> ValueError:
             f"{place.source}: neither a file nor a dataset that the hub gives ({cause}); pass a "
             "file instead"
         )
-    fault = None
-    if place.what == "file" and "json" in place.kind:
-        fault = _json_fault(place.path, place.kind)
-    elif place.what == "file" and isinstance(error, ValueError) and place.source in str(error):
-        fault = str(error)  # our own, which names the line
+    is_json_file = place.what == "file" and "json" in place.kind
+    fault = _json_fault(place.path, place.kind) if is_json_file else None
     problem = fault or f"{place.source}: it cannot be read as {place.kind} ({cause})"
     return ValueError(f"{problem}; correct the file, or set data.format")
 
@@ -233,8 +239,8 @@ def _unreadable(place: Place, error: Exception) -> ValueError:
 def _load_table(place: Place, *, num_proc: int) -> Rows:
     path, kind = place.path, place.kind
     if kind == "csv":
-        _, num_rows = csv_columns(path)
-        table = open_dataset(place, num_proc=num_proc) if num_rows else []
+        columns, num_rows = csv_columns(path)
+        table = open_dataset(place, num_proc=num_proc, columns=columns) if num_rows else []
         return Rows(str(path), table, names_of(place), are_cells=True)
     if kind == "parquet":
         return Rows(str(path), open_dataset(place, num_proc=num_proc), names_of(place))

@@ -14,7 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,25 +151,45 @@ def csv_columns(path: Path) -> tuple[list[str], int]:
     """
     columns: list[str] = []
     num_rows = 0
-    with _long_cells(), open_text(path, newline="") as file:
-        rows = csv.reader(file)
-        try:
-            for cells in rows:
-                if not cells:  # a blank line
-                    continue
-                if not columns:
-                    columns = cells
-                    _check_names(path, columns)
-                    continue
-                if len(cells) != len(columns):
-                    raise ValueError(
-                        f"{path} line {rows.line_num}: {len(cells)} cells, but {len(columns)} "
-                        "columns; quote cells that hold a comma or a quotation mark"
-                    )
-                num_rows += 1
-        except csv.Error as error:
-            raise ValueError(f"{path} line {rows.line_num}: malformed CSV ({error})") from error
+    with closing(_csv_records(path)) as records:
+        for line, cells in records:
+            if not columns:
+                columns = cells
+                _check_names(path, columns)
+                continue
+            if len(cells) != len(columns):
+                raise ValueError(
+                    f"{path} line {line}: {len(cells)} cells, but {len(columns)} columns; quote "
+                    "cells that hold a comma or a quotation mark"
+                )
+            num_rows += 1
     return columns, num_rows
+
+
+def csv_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file whose columns were checked, one after another."""
+    with closing(_csv_records(path)) as records:
+        _, columns = next(records, (0, []))
+        for _, cells in records:
+            yield dict(zip(columns, cells, strict=True))
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each record that is not blank, and the line that it ends on."""
+    with open_text(path, newline="") as file:
+        records = csv.reader(file)
+        while True:
+            try:
+                with _long_cells():
+                    cells = next(records, None)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{path} line {records.line_num}: malformed CSV ({error})"
+                ) from error
+            if cells is None:
+                return
+            if cells:
+                yield records.line_num, cells
 
 
 def _check_names(path: Path, columns: list[str]) -> None:

@@ -106,7 +106,7 @@ def _array(value: Any, where: str) -> np.ndarray:
 
 def _integers(values_T: np.ndarray, where: str) -> np.ndarray:
     if values_T.size and values_T.dtype.kind not in "iu":
-        raise BadRow(f"{where} has {values_T[0]!r}; token ids are ints", reason="wrong_type")
+        raise BadRow(f"{where} has {values_T[0].item()}; token ids are ints", reason="wrong_type")
     return values_T.astype(np.int64)
 
 

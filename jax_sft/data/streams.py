@@ -1,0 +1,247 @@
+"""Sources that are read while training, in bounded memory: rows from any index on.
+
+What comes in is a source's name, an IterableDataset or anything that can be iterated
+again and again, what goes out is a Stream. An index counts what lies in the source,
+whatever a filter keeps, so that a run that stopped at an index resumes at it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jax_sft.data.row_filter import RowFilter
+from jax_sft.data.row_reader import RowReader
+from jax_sft.data.samples import keeps, load_function, names_function
+from jax_sft.data.sources import (
+    FIRST_ROWS,
+    Place,
+    RowNames,
+    find_source,
+    is_lines,
+    names_of,
+    open_dataset,
+)
+from jax_sft.data.text_files import (
+    check_unchanged,
+    csv_columns,
+    csv_rows,
+    json_value,
+    open_text,
+    state_of,
+)
+from jax_sft.data.types import Content
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows of one format that are read in order, from any index on, as often as needed.
+
+    Attributes:
+        format: of the rows, as of Samples.
+        source: what they come from.
+        to_content: (row, its origin) to what it holds; raises BadRow; can be pickled.
+        name: a row's index to its origin.
+    """
+
+    format: str
+    source: str
+    to_content: Callable[[Any, str], Content]
+    name: Callable[[int], str]
+    _rows_from: Callable[[int], Iterator[tuple[int, Any]]]
+    _keep: RowFilter | None
+    _are_cells: bool
+    _max_samples: int | None
+
+    def rows_from(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Yields (index, row) for the rows that are kept, from an index on.
+
+        Indices rise, but not by one where blank lines or rows that the filter leaves
+        out lie between. With `max_samples` the rows before start are read too, for
+        they count.
+
+        Args:
+            start: an index; the first row's is 0.
+
+        Raises:
+            ValueError: the source cannot be read on, or changed since it was opened.
+        """
+        num_kept = 0
+        with closing(self._rows_from(0 if self._max_samples is not None else start)) as rows:
+            for index, row in rows:
+                if num_kept == self._max_samples:
+                    return
+                if self._keep is not None:
+                    origin = self.name(index)
+                    if not keeps(self._keep, row, origin, are_cells=self._are_cells):
+                        continue
+                num_kept += 1
+                if index >= start:
+                    yield index, row
+
+
+def open_stream(
+    source: str | Iterable[Any],
+    *,
+    split: str = "train",
+    format: str | None = None,
+    row_format: str | None = None,
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    output_field: str = "output",
+    messages_field: str = "messages",
+    template: str | None = None,
+    filter: str | None = None,
+    max_samples: int | None = None,
+    train_turns: str = "all",
+) -> Stream:
+    """Opens a source to be read while training; its first rows tell the format.
+
+    Args:
+        source: what `load_samples` takes, but no JSON array; a function may return a
+            generator, and is called for each pass. Or an IterableDataset, or an object
+            that gives the same rows each time it is iterated.
+        split: of a hub dataset.
+        format: overrides the file's suffix.
+        row_format: this and the rest as in `read_samples`.
+        text_field: a row's text.
+        prompt_field: a row's prompt.
+        output_field: a row's output.
+        messages_field: a row's conversation.
+        template: what a row's fields fill.
+        filter: which rows are kept.
+        max_samples: how many of them.
+        train_turns: which answers of a conversation are trained.
+
+    Raises:
+        ValueError: the source cannot be streamed, is empty, or is of no known format.
+    """
+    reader = RowReader(
+        text_field=text_field,
+        prompt_field=prompt_field,
+        output_field=output_field,
+        messages_field=messages_field,
+        template=template,
+        train_turns=train_turns,
+        format=row_format,
+    )
+    rows = _open(source, split=split, format=format)
+    keep = None if filter is None else RowFilter(filter)
+    if next(rows.rows_from(0), None) is None:
+        raise ValueError(f"{rows.source} is empty; there must be at least one sample")
+    stream = Stream(
+        "",
+        rows.source,
+        reader.content,
+        rows.name,
+        rows.rows_from,
+        keep,
+        rows.are_cells,
+        max_samples,
+    )
+    first = list(islice(stream.rows_from(0), FIRST_ROWS))
+    if not first:
+        raise ValueError(
+            f"data.filter {filter!r} keeps no row of {rows.source}; correct it, or set None"
+        )
+    reader = reader.for_rows([row for _, row in first], [rows.name(index) for index, _ in first])
+    return Stream(
+        reader.format,
+        rows.source,
+        reader.content,
+        rows.name,
+        rows.rows_from,
+        keep,
+        rows.are_cells,
+        max_samples,
+    )
+
+
+@dataclass(frozen=True)
+class _StreamedRows:
+    """What a source is read by, before any filter."""
+
+    source: str
+    rows_from: Callable[[int], Iterator[tuple[int, Any]]]
+    name: RowNames
+    are_cells: bool = False
+
+
+def _open(source: str | Iterable[Any], *, split: str, format: str | None) -> _StreamedRows:
+    if not isinstance(source, str):
+        return _StreamedRows("samples", _passes(source), RowNames("samples[", "]"))
+    if names_function(source):
+        function = load_function(source)
+        return _StreamedRows(
+            source,
+            lambda start: _counted(_iterable(function(), source), start),
+            RowNames(f"{source} sample "),
+        )
+    place = find_source(source, format=format)
+    if place.what == "file":
+        return _open_file(place)
+    dataset = open_dataset(place, split=split, streaming=True)
+    return _StreamedRows(place.source, _passes(dataset), names_of(place))
+
+
+def _open_file(place: Place) -> _StreamedRows:
+    path, state = place.path, state_of(place.path)
+    if place.kind == "json" and not is_lines(path, place.kind):
+        raise ValueError(
+            f"{path}: one JSON array cannot be read piece by piece; write an object a line "
+            "(.jsonl), or set data.streaming to False"
+        )
+    if "json" in place.kind or place.kind == "text":
+        passes = lambda start: _lines(path, start, is_json=place.kind != "text")  # noqa: E731
+        name = RowNames(f"{path.name} line ", step=1)
+    elif place.kind == "csv":
+        csv_columns(path)  # looks at every row
+        passes, name = (lambda start: _counted(csv_rows(path), start)), names_of(place)
+    else:
+        passes, name = _passes(open_dataset(place, streaming=True)), names_of(place)
+
+    def rows_from(start: int) -> Iterator[tuple[int, Any]]:
+        check_unchanged(path, state)
+        yield from passes(start)
+        check_unchanged(path, state)
+
+    return _StreamedRows(str(path), rows_from, name, are_cells=place.kind == "csv")
+
+
+def _lines(path: Path, start: int, *, is_json: bool) -> Iterator[tuple[int, Any]]:
+    """The lines that are not blank, each with its number from 0."""
+    with open_text(path) as file:
+        for index, line in enumerate(file):
+            if index >= start and line.strip():
+                yield index, json_value(line, path, index + 1) if is_json else line.rstrip("\n")
+
+
+def _passes(rows: Any) -> Callable[[int], Iterator[tuple[int, Any]]]:
+    """A pass over rows from an index on, once it is sure that there can be another."""
+    _iterable(rows, "samples")
+    if isinstance(rows, Iterator):
+        raise ValueError(
+            f"samples is a {type(rows).__name__}, which can be read only once; pass an "
+            "IterableDataset, or an object whose __iter__ begins anew"
+        )
+    if hasattr(rows, "with_format"):  # of datasets
+        rows = rows.with_format(None)
+    return lambda start: _counted(rows, start)
+
+
+def _iterable(rows: Any, what: str) -> Iterable[Any]:
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        remedy = 'a split, as samples["train"]' if hasattr(rows, "keys") else "an IterableDataset"
+        raise ValueError(f"{what} is a {type(rows).__name__}, which is no stream; pass {remedy}")
+    return rows
+
+
+def _counted(rows: Iterable[Any], start: int) -> Iterator[tuple[int, Any]]:
+    if start and hasattr(rows, "skip"):  # an IterableDataset, which may know a short way
+        yield from enumerate(rows.skip(start), start)
+    else:
+        yield from islice(enumerate(rows), start, None)
