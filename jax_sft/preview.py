@@ -13,7 +13,9 @@ data_report.html. No weights are read and no device is used, so it takes seconds
 """
 
 import argparse
+import itertools
 import os
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,9 +149,15 @@ def _report(config: SFTConfig, inputs: "Inputs") -> dict[str, Any]:
 
 
 def _some(examples: "Examples", number: int) -> list["Example"]:
-    """As many examples, from all over the data, so that each large source has one."""
+    """The first example, and from each further part of the data one drawn, always the same.
+
+    So that each large source has one, and rows that recur in a rhythm are not all alike.
+    """
     number = min(number, len(examples))
-    return [examples[index * len(examples) // number] for index in range(number)]
+    draw = random.Random(0)
+    starts = [index * len(examples) // max(number, 1) for index in range(number + 1)]
+    drawn = [draw.randrange(low, high) for low, high in itertools.pairwise(starts)]
+    return [examples[index] for index in [0, *drawn[1:]][:number]]
 
 
 def _examples_of(examples: "Examples", row: str) -> list["Example"]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,12 +65,15 @@ def test_as_a_process_without_any_device(config_file, tmp_path):
         "eval data held",
         "pairs.jsonl line 1 (9 tokens, 3 trained)",
         "0 + 1 =⟦ 1<|endoftext|>⟧",
-        "pairs.jsonl line 13 (11 tokens, 4 trained)",
-        "12 + 1 =⟦ 13<|endoftext|>⟧",
         "eval prompts: 2 of 2",
         f"1 + 1 =\n{ids}\n",
     ):
         assert words in done.stdout, words
+    [_, drawn] = re.findall(
+        r"^.*pairs.jsonl line (\d+) \(\d+ tokens, \d trained", done.stdout, re.M
+    )
+    assert 12 < int(drawn) <= 24
+    assert f"{int(drawn) - 1} + 1 =⟦ {drawn}<|endoftext|>⟧" in done.stdout
     assert "\x1b" not in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
     assert {path.name for path in (tmp_path / "preview").iterdir()} == {
         "data_report.json",
@@ -78,7 +82,7 @@ def test_as_a_process_without_any_device(config_file, tmp_path):
     report = json.loads((tmp_path / "preview" / "data_report.json").read_text())
     assert report["kept"] == 24 and report["eval"]["held"]["kept"] == 2
     page = (tmp_path / "preview" / "data_report.html").read_text()
-    assert "pairs.jsonl line 13" in page and "Held out: held" in page
+    assert f"pairs.jsonl line {drawn}" in page and "Held out: held" in page
     assert not (tmp_path / "run").exists()
 
 

@@ -101,9 +101,9 @@ def test_report_by_hand():
         "trained_tokens": 10,
         "trained_share": 10 / 14,
         "lengths": {"min": 2, "p50": 4, "p90": 8, "p99": 8, "max": 8},
-        "length_histogram": {"edges": list(range(10)), "counts": [0, 0, 1, 0, 1, 0, 0, 0, 1]},
+        "length_histogram": {"edges": list(range(2, 10)), "counts": [1, 0, 1, 0, 0, 0, 1]},
         "trained_lengths": {"min": 1, "p50": 2, "p90": 7, "p99": 7, "max": 7},
-        "trained_histogram": {"edges": list(range(9)), "counts": [0, 1, 1, 0, 0, 0, 0, 1]},
+        "trained_histogram": {"edges": list(range(1, 9)), "counts": [1, 1, 0, 0, 0, 0, 1]},
         "longest": [
             {"origin": "pairs.jsonl line 2", "tokens": 8},
             {"origin": "pairs.jsonl line 1", "tokens": 4},
@@ -140,12 +140,13 @@ def test_a_few_long_examples_do_not_flatten_the_histogram():
 
 @pytest.mark.parametrize("largest", [0, 1, 19, 23, 24, 512, 1024, 8191, 10**6])
 @pytest.mark.parametrize("tail", [0, 1, 10**7])
-def test_a_histogram_counts_every_value_once(largest, tail):
-    values = np.array([*np.linspace(0, largest, 500).astype(int), largest + tail])
+@pytest.mark.parametrize("least", [0, 77])
+def test_a_histogram_counts_every_value_once(least, largest, tail):
+    values = least + np.array([*np.linspace(0, largest, 500).astype(int), largest + tail])
     held = histogram(values)
     assert sum(held["counts"]) == len(values) and len(held["counts"]) <= 24
-    assert held["edges"][0] == 0 and held["edges"][-1] > values.max()
-    assert (np.diff(held["edges"]) > 0).all() and held["counts"][-1] > 0
+    assert held["edges"][0] <= values.min() and held["edges"][-1] > values.max()
+    assert (np.diff(held["edges"]) > 0).all() and held["counts"][0] and held["counts"][-1]
 
 
 def test_the_longest_are_the_first_of_equal_length_and_one_of_a_row():
@@ -226,7 +227,7 @@ def test_bars_hold_every_example(num_bins):
     lines = printed(report).partition("tokens an example\n")[2].partition("the longest")[0]
     rows = [line.split() for line in lines.splitlines()]
     assert sum(int(row[1]) for row in rows) == len(lengths) and len(rows) <= 12
-    assert rows[0][0].startswith("0") and rows[-1][0].endswith(str(num_bins - 1))
+    assert rows[0][0].startswith(str(min(lengths))) and rows[-1][0].endswith(str(num_bins - 1))
     assert max(len(row[2]) for row in rows if len(row) > 2) == 40
 
 

@@ -179,11 +179,11 @@ def histogram(values_N: np.ndarray) -> dict[str, list[int]]:
     """
     if not len(values_N):
         return {"edges": [], "counts": []}
-    largest = int(values_N.max())
+    least, largest = int(values_N.min()), int(values_N.max())
     bulk = int(np.quantile(values_N, 0.99, method="higher"))
     widths = (step * 10**power for power in range(19) for step in (1, 2, 5))
-    width = next(width for width in widths if bulk // width + 1 < _MAX_BINS)
-    edges = [width * index for index in range(bulk // width + 2)]
+    width = next(width for width in widths if bulk // width - least // width + 1 < _MAX_BINS)
+    edges = [width * index for index in range(least // width, bulk // width + 2)]
     if largest >= edges[-1]:
         edges.append(largest + 1)
     counts, _ = np.histogram(values_N, edges)
