@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import datasets
 import numpy as np
@@ -103,6 +104,60 @@ def test_fields_are_the_configs():
     assert texts(read_samples(rows, text_field="body")) == [["b"]]
     message = error_of(read_samples, rows)
     assert "['body', 'chosen', 'prompt'], but neither 'messages', nor 'prompt' with" in message
+
+
+FIELDS = {
+    "input_ids": [1, 2],
+    "messages": [{"role": "assistant", "content": "m"}],
+    "prompt": "p",
+    "completion": "c",
+    "output": "o",
+    "text": "t",
+}
+
+
+def test_the_format_is_the_first_that_the_fields_fit_or_the_one_that_is_set():
+    row = dict(FIELDS)
+    for gone, format in [
+        ("input_ids", "tokens"),
+        ("messages", "messages"),
+        ("output", "prompt_output"),
+        ("completion", "prompt_output"),
+        (None, "text"),
+    ]:
+        assert read_samples([row]).format == format
+        assert read_samples([FIELDS | dict.fromkeys(FIELDS.keys() - row.keys())]).format == format
+        row.pop(gone, None)
+    formats = {"tokens": 1, "messages": 1, "prompt_output": 2, "text": 1}
+    for format, num_parts in formats.items():
+        samples = read_samples([FIELDS], row_format=format)
+        assert samples.format == format
+        if format in ("prompt_output", "text"):
+            assert len(texts(samples)[0]) == num_parts
+    assert texts(read_samples([{"prompt": "p", "completion": "c"}])) == [["p", "c"]]
+    assert texts(read_samples([FIELDS], row_format="prompt_output")) == [["p", "o"]]
+    assert texts(read_samples([{"text": ["p", "o"]}], row_format="dialogue")) == [["p", "o"]]
+
+
+def test_most_of_the_first_rows_tell_the_format():
+    samples = read_samples([None, {"text": "x"}, ["p", "o"], ["q", "r"]])
+    assert samples.format == "dialogue" and samples[3].content[0].text == "q"
+    nulls = [{"prompt": "p", "output": None, "text": "t"}] + [{"prompt": "p", "output": "o"}] * 2
+    assert read_samples(nulls).format == "prompt_output"
+
+
+def test_a_template_makes_texts_and_prompts_only():
+    with pytest.raises(ValueError, match="data.template makes a text or a prompt, not a conv"):
+        read_samples([FIELDS], template="{text}", row_format="messages")
+    rows = [{"q": "a", "output": "b"}, {"output": "b"}, {"q": None, "output": "b"}]
+    samples = read_samples(rows, template="Q: {q}")
+    for index, problem in [
+        (1, "data.template refers to {q}, but samples[1] has the fields"),
+        (2, "samples[2] field 'q' is None; pass a str"),
+    ]:
+        with pytest.raises(BadRow, match=re.escape(problem)) as caught:
+            samples[index]
+        assert caught.value.reason == "missing_field"
 
 
 @pytest.mark.parametrize(
@@ -438,6 +493,16 @@ def test_a_saved_dataset_is_a_folder(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     samples = load_samples(str(tmp_path / "saved"))
     assert texts(samples)[0] == ["p", "o"] and samples[0].origin == "saved row 0"
+
+
+def test_a_saved_dict_of_splits_gives_the_split(tmp_path):
+    splits = {"train": ROWS, "held_out": ROWS[1:]}
+    tables = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    assert len(load_samples(str(tmp_path / "saved"))) == 2
+    assert texts(load_samples(str(tmp_path / "saved"), split="held_out"))[0][0] == "q"
+    message = error_of(load_samples, str(tmp_path / "saved"), split="test")
+    assert "it has the splits ['held_out', 'train'], not 'test': set data.split" in message
 
 
 def test_functions_give_samples(tmp_path, monkeypatch):

@@ -195,8 +195,8 @@ def open_dataset(
     source = place.source
     options = {"streaming": True} if streaming else {"num_proc": num_proc if num_proc > 1 else None}
     try:
-        if place.what == "folder" and (place.path / "state.json").exists():
-            table = load_from_disk(source)
+        if saved := _saved_dataset(place, split):
+            table = load_from_disk(str(saved))
             return table.to_iterable_dataset() if streaming else table
         if place.what in ("folder", "hub"):
             return load_dataset(source, split=split, **options)
@@ -206,6 +206,18 @@ def open_dataset(
         return load_dataset(builder, data_files=source, split="train", **options)
     except _datasets_errors() as error:
         raise _unreadable(place, error) from error
+
+
+def _saved_dataset(place: Place, split: str) -> Path | None:
+    """The folder that save_to_disk made, of one dataset or of one split among several."""
+    if place.what != "folder":
+        return None
+    folders = (place.path, place.path / split)
+    saved = next((folder for folder in folders if (folder / "state.json").exists()), None)
+    if saved is None and (place.path / "dataset_dict.json").exists():
+        splits = sorted(path.parent.name for path in place.path.glob("*/state.json"))
+        raise ValueError(f"it has the splits {splits}, not {split!r}: set data.split")
+    return saved
 
 
 def _csv_options(columns: Sequence[str] | None) -> dict[str, Any]:
