@@ -13,9 +13,7 @@ data_report.html. No weights are read and no device is used, so it takes seconds
 """
 
 import argparse
-import itertools
 import os
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,13 +102,14 @@ def preview(
     # After the flags are known to be right: these take seconds.
     from jax_sft.data.report import check_stop_tokens, print_report
     from jax_sft.data.report_page import write_report_page
+    from jax_sft.data.token_view import draw_examples
     from jax_sft.inputs import find_tokenizer, load_inputs
 
     tokenizer = find_tokenizer(config, None)
     inputs = load_inputs(config, tokenizer=tokenizer)
     report = _report(config, inputs)
     examples = inputs.train.examples
-    shown = _some(examples, num_examples) if row is None else _examples_of(examples, row)
+    shown = draw_examples(examples, num_examples) if row is None else _examples_of(examples, row)
     problem = ""
     try:
         check_stop_tokens(inputs.train.counts, stop_tokens=config.tokenizer.stop_tokens)
@@ -146,18 +145,6 @@ def _report(config: SFTConfig, inputs: "Inputs") -> dict[str, Any]:
         plan=batches.plan(0),
         steps_per_epoch=batches.steps_in_epoch(0),
     )
-
-
-def _some(examples: "Examples", number: int) -> list["Example"]:
-    """The first example, and from each further part of the data one drawn, always the same.
-
-    So that each large source has one, and rows that recur in a rhythm are not all alike.
-    """
-    number = min(number, len(examples))
-    draw = random.Random(0)
-    starts = [index * len(examples) // max(number, 1) for index in range(number + 1)]
-    drawn = [draw.randrange(low, high) for low, high in itertools.pairwise(starts)]
-    return [examples[index] for index in [0, *drawn[1:]][:number]]
 
 
 def _examples_of(examples: "Examples", row: str) -> list["Example"]:

@@ -7,8 +7,16 @@ import pytest
 from rich.console import Console
 from small_tokenizers import byte_bpe, metaspace, packaged_bytes
 
-from jax_sft.data.token_view import Gap, Piece, coloured, coloured_prompt, legend, pieces
-from jax_sft.data.types import Example
+from jax_sft.data.token_view import (
+    Gap,
+    Piece,
+    coloured,
+    coloured_prompt,
+    draw_examples,
+    legend,
+    pieces,
+)
+from jax_sft.data.types import Example, examples_from_parts
 
 EOS = "<|endoftext|>"
 
@@ -129,3 +137,14 @@ def test_an_example_without_a_tokenizer_is_refused():
     nothing = np.zeros(1, np.int32)
     with pytest.raises(ValueError, match="has no tokenizer"):
         pieces(Example(nothing, nothing, np.ones(1, np.float32)))
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 7, 99])
+def test_examples_are_drawn_from_every_part(number):
+    one = (np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.float32))
+    examples = examples_from_parts([one] * 21, origins=[str(index) for index in range(21)])
+    drawn = [int(example.origin) for example in draw_examples(examples, number)]
+    assert drawn == [int(example.origin) for example in draw_examples(examples, number)]
+    assert len(drawn) == min(number, 21) and drawn[:1] in ([], [0])
+    assert [index * len(drawn) // 21 for index in drawn] == list(range(len(drawn)))
+    assert draw_examples(examples[:0], number) == []

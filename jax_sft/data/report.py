@@ -184,8 +184,9 @@ def histogram(values_N: np.ndarray) -> dict[str, list[int]]:
     widths = (step * 10**power for power in range(19) for step in (1, 2, 5))
     width = next(width for width in widths if bulk // width - least // width + 1 < _MAX_BINS)
     edges = [width * index for index in range(least // width, bulk // width + 2)]
-    if largest >= edges[-1]:
-        edges.append(largest + 1)
+    if largest < edges[-1]:
+        edges.pop()
+    edges.append(largest + 1)
     counts, _ = np.histogram(values_N, edges)
     return {"edges": edges, "counts": counts.tolist()}
 

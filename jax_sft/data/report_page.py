@@ -183,7 +183,7 @@ def _histogram(title: str, held: dict[str, list[int]], quantiles: dict[str, int]
     """
     edges, counts = held["edges"], held["counts"]
     most, num_bins = max(counts), len(counts)
-    has_tail = num_bins > 1 and edges[-1] - edges[-2] != edges[1] - edges[0]
+    has_tail = num_bins > 1 and edges[-1] - edges[-2] > edges[1] - edges[0]
     columns = []
     for index, (name, count) in enumerate(zip(bin_names(edges), counts, strict=True)):
         kind = "tail" if has_tail and index == num_bins - 1 else "bin"

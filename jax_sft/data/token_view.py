@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
-from jax_sft.data.types import Example
+from jax_sft.data.types import Example, Examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +82,18 @@ def pieces(example: Example, *, longest_run: int = 400) -> list[Piece | Gap]:
         shown.append(Gap(len(ids) - 2 * end, weight))
         shown += _pieces_of_run(ids[len(ids) - end :], weight, example.tokenizer)
     return shown
+
+
+def draw_examples(examples: Examples, number: int) -> list[Example]:
+    """The first example, and from each further part of the data one drawn, always the same.
+
+    So that each large source has one, and rows that recur in a rhythm are not all alike.
+    """
+    number = min(number, len(examples))
+    draw = random.Random(0)
+    starts = [index * len(examples) // max(number, 1) for index in range(number + 1)]
+    drawn = [draw.randrange(low, high) for low, high in itertools.pairwise(starts)]
+    return [examples[index] for index in [0, *drawn[1:]][:number]]
 
 
 def prompt_pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
