@@ -117,7 +117,8 @@ def preview(
         problem = str(error)
     prompts = [] if inputs.prompts is None else inputs.prompts.ids
     console = Console(soft_wrap=False)
-    print_report(report, console=console)
+    title = "data" if inputs.stream is None else "data, the first that is read of a stream"
+    print_report(report, title=title, console=console)
     for name, held_out in report.get("eval", {}).items():
         print_report(held_out, title=f"eval data {name}".rstrip(), console=console)
     _print_examples(shown, console, with_ids=with_ids)
@@ -138,6 +139,8 @@ def _report(config: SFTConfig, inputs: "Inputs") -> dict[str, Any]:
 
     if not len(inputs.train.examples):
         return run_report(inputs.train, inputs.evals)
+    if inputs.stream is not None:  # nobody knows the steps before a stream has ended
+        return run_report(inputs.train, inputs.evals, plan=inputs.stream.first.plan)
     batches = make_batches(config, inputs.train.examples)
     return run_report(
         inputs.train,

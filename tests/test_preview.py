@@ -117,6 +117,14 @@ def test_data_that_would_not_stop_is_shown_before_it_is_refused(
     assert "Training would stop here." in (tmp_path / "preview" / "data_report.html").read_text()
 
 
+def test_of_a_stream_the_first_rows_are_shown(config_file, tmp_path, monkeypatch, capsys):
+    streaming = ("--config.data.streaming=true", "--config.data.look_ahead=4")
+    assert command(monkeypatch, tmp_path, f"--config={config_file}", *streaming) is None
+    shown = capsys.readouterr().out
+    assert "the first that is read of a stream" in shown and "0 + 1 =⟦ 1" in shown
+    assert "steps an epoch" not in shown
+
+
 def test_data_that_trains_nothing_is_shown_too(config_file, tmp_path, monkeypatch, capsys):
     short = ("--config.train.seq_length=2", "--config.data.eval=None")
     assert command(monkeypatch, tmp_path, f"--config={config_file}", *short) == 2
