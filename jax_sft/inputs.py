@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_sft.config import SFTConfig, default_sft_config
 from jax_sft.data.samples import load_eval_prompts, load_function, load_samples, read_samples
+from jax_sft.data.stream_batches import StreamBatches
+from jax_sft.data.streams import open_stream
 from jax_sft.data.tokenization import (
     Encoding,
     check_stop_sequences,
@@ -61,6 +63,8 @@ class Inputs(NamedTuple):
         prompts: to generate from, or None.
         metric_fn: scores outputs, or None.
         stop_sequences: strings that end an output.
+        stream: the batches of what is read while training, of which `train` then has the
+            first window alone; None where everything has been read.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -69,6 +73,7 @@ class Inputs(NamedTuple):
     prompts: Prompts | None
     metric_fn: MetricFn | None
     stop_sequences: tuple[str, ...]
+    stream: StreamBatches | None = None
 
 
 def tokenize(
@@ -120,7 +125,14 @@ def load_inputs(
     if metric_fn is None and config.data.metric_fn is not None:
         metric_fn = load_function(config.data.metric_fn)
     prompts = _find_prompts(config, eval_prompts, tokenizer)
-    train = _load_train(config, samples, tokenizer)
+    stream = None
+    if config.data.streaming:
+        stream = _open_stream(config, samples, tokenizer)
+        first = stream.first
+        source = Source(stream.stream.source, stream.stream.format, 1.0, first.counts)
+        train = ExampleSet(first.examples, first.counts, (source,))
+    else:
+        train = _load_train(config, samples, tokenizer)
     return Inputs(
         tokenizer=tokenizer,
         train=train,
@@ -128,6 +140,7 @@ def load_inputs(
         prompts=None if prompts is None else _encode_prompts(config, *prompts, tokenizer, train),
         metric_fn=metric_fn,
         stop_sequences=tuple(stop_sequences) or tuple(config.data.stop_sequences),
+        stream=stream,
     )
 
 
@@ -203,6 +216,35 @@ def _load_train(config: SFTConfig, samples: Any, tokenizer: PreTrainedTokenizerB
         (_load(config, source, split=data.split), times) for source, times in _mixture(data.train)
     ]
     return _example_set(config, loaded, tokenizer)
+
+
+def _open_stream(
+    config: SFTConfig, samples: Any, tokenizer: PreTrainedTokenizerBase
+) -> StreamBatches:
+    data, train = config.data, config.train
+    mixture = _mixture(data.train)
+    if samples is None and (len(mixture) > 1 or mixture[0][1] != 1):
+        raise ValueError(
+            "data.streaming reads one source, but data.train is a mixture: set data.streaming to "
+            "False, or interleave the sources in a module:function"
+        )
+    stream = open_stream(
+        mixture[0][0] if samples is None else samples,
+        split=data.split,
+        format=data.format,
+        **_reading(config),
+    )
+    return StreamBatches(
+        stream,
+        tokenizer,
+        encoding_of(config),
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        seed=train.seed,
+        shuffle=data.shuffle,
+        packing=data.packing,
+        look_ahead=data.look_ahead,
+    )
 
 
 def _load_evals(

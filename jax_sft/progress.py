@@ -20,6 +20,7 @@ class Progress:
     """Logs a run's steps.
 
     Attributes:
+        num_steps: steps of the whole run.
         num_tokens: tokens so far, padding not counted.
         num_trained: trained tokens so far.
     """
@@ -49,7 +50,8 @@ class Progress:
             num_trained: trained tokens before this start.
         """
         self.num_tokens, self.num_trained = num_tokens, num_trained
-        self._tracker, self._num_steps, self._log_interval = tracker, num_steps, log_interval
+        self.num_steps = num_steps
+        self._tracker, self._log_interval = tracker, log_interval
         self._describe = describe
         self._flops_a_step, self._peak_flops = flops_a_step, peak_flops
         self._pending: tuple[int, StepMetrics] | None = None
@@ -69,6 +71,10 @@ class Progress:
         previous, self._pending = self._pending, (step, metrics)
         if previous is not None:
             self._take(*previous)
+
+    def add_wait(self, seconds: float) -> None:
+        """Takes the time for which a step waited for its batch."""
+        self._interval_waited += seconds
 
     def flush(self) -> None:
         """Waits for the newest step and logs it; raises as `add` does."""
@@ -97,7 +103,7 @@ class Progress:
         self._interval_steps += 1
         self._interval_tokens += int(metrics.num_tokens)
         self._interval_trained += int(metrics.num_trained)
-        if step % self._log_interval == 0 or step in (1, self._num_steps):
+        if step % self._log_interval == 0 or step in (1, self.num_steps):
             self._log(step, metrics)
             self._start_interval()
 
@@ -113,6 +119,7 @@ class Progress:
             "trained_tokens_per_second": self._interval_trained / seconds,
             "step_seconds": seconds / self._interval_steps,
         }
+        line["data_wait_share"] = self._interval_waited / seconds
         if self._peak_flops is not None:
             flops = self._flops_a_step * self._interval_steps
             line["mfu"] = flops / seconds / self._peak_flops
@@ -120,8 +127,9 @@ class Progress:
         # The first step warms up: what it takes says little about the time left.
         shown = line | {"seconds_left": math.inf} if self._is_first else line
         self._is_first = False
-        self._tracker.progress(step, self._num_steps, shown)
+        self._tracker.progress(step, self.num_steps, shown)
 
     def _start_interval(self) -> None:
         self._started = time.perf_counter()
         self._interval_steps = self._interval_tokens = self._interval_trained = 0
+        self._interval_waited = 0.0

@@ -36,7 +36,7 @@ def print_start(
     *,
     trained: dict[str, bool],
     num_steps: int,
-    steps_per_epoch: int,
+    steps_per_epoch: int | None,
     data_report: dict[str, Any],
     note: str | None = None,
 ) -> None:
@@ -47,7 +47,7 @@ def print_start(
         model: opened; its weights are not needed.
         trained: whether a parameter is trained, by its path.
         num_steps: steps of the whole run.
-        steps_per_epoch: steps of its first epoch.
+        steps_per_epoch: steps of its first epoch; None for a stream.
         data_report: what `data.report.run_report` returned.
         note: what is to be said of the eval prompts.
     """
@@ -72,7 +72,10 @@ def print_start(
         f"in {_count(num_parts, 'microbatch', 'microbatches')} "
         f"over {_count(model.mesh.size, 'device', 'devices')}",
     )
-    say("steps", f"{num_steps:,} ({steps_per_epoch:,} an epoch)")
+    if steps_per_epoch is None:
+        say("steps", f"at most {num_steps:,}, or what the stream gives; its first window:")
+    else:
+        say("steps", f"{num_steps:,} ({steps_per_epoch:,} an epoch)")
     if peak_flops(model) is not None:
         say("mfu", flops.FORMULA)
     if note is not None:

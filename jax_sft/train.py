@@ -148,14 +148,19 @@ class SFTTrainer:
         self.config, self.model, self.inputs = config, model, inputs
         # Resolved once: a renamed folder takes "." and what links point to along with it.
         self.run_dir = Path(config.train.checkpoint_dir).resolve()
-        self._batches = make_batches(config, inputs.train.examples)
+        stream = inputs.stream
+        self._batches = stream or make_batches(config, inputs.train.examples)
         self._row_sharding = named_sharding(model.mesh, "batch", "tokens")
-        self.num_steps = min(self._batches.num_steps, config.train.total_steps)
+        self.num_steps = config.train.total_steps
+        self._steps_per_epoch = None  # nobody knows before a stream has ended
+        if stream is None:
+            self.num_steps = min(self._batches.num_steps, self.num_steps)
+            self._steps_per_epoch = self._batches.steps_in_epoch(0)
         self.data_report = run_report(
             inputs.train,
             inputs.evals,
-            plan=self._batches.plan(0),
-            steps_per_epoch=self._batches.steps_in_epoch(0),
+            plan=self._batches.plan(0) if stream is None else stream.first.plan,
+            steps_per_epoch=self._steps_per_epoch,
         )
         check_stop_tokens(inputs.train.counts)
         model.stop_at(inputs.train.counts.stop_tokens)
@@ -183,8 +188,11 @@ class SFTTrainer:
         """Makes the steps after `first`; returns the last one made."""
         train, place = self.config.train, self._batches.place
         batches = prefetch(
-            functools.partial(place, sharding=self._row_sharding), range(first, self.num_steps)
+            functools.partial(place, sharding=self._row_sharding),
+            range(first, self.num_steps),
+            waited=self._progress.add_wait,
         )
+        step = first
         traces = Path(train.logging_dir or self.run_dir / TENSORBOARD)
         self.model.params = state.params
         if first == 0:
@@ -208,7 +216,19 @@ class SFTTrainer:
                     self._save(step, state)
                 if stop.is_set():
                     return step
+            if step < self.num_steps:
+                self._end_early(step, state, is_new=step > first)
         return self.num_steps
+
+    def _end_early(self, step: int, state: TrainState, *, is_new: bool) -> None:
+        """Makes the last step that a stream had data for the last one of the run."""
+        self.num_steps = self._progress.num_steps = step
+        epochs = self.config.train.epochs
+        say("data", f"the stream has ended after {epochs} epochs, at step {step}")
+        if is_new and step % self.config.train.eval_interval:
+            self._evaluate(step)
+        if is_new and step % self.config.train.checkpoint_interval:
+            self._save(step, state)
 
     def evaluate(self) -> dict[str, float]:
         """Measures the model as it is now.
@@ -269,7 +289,7 @@ class SFTTrainer:
             model,
             trained=trained,
             num_steps=self.num_steps,
-            steps_per_epoch=self._batches.steps_in_epoch(0),
+            steps_per_epoch=self._steps_per_epoch,
             data_report=self.data_report,
             note=None if self.inputs.prompts is None else self.inputs.prompts.note,
         )
@@ -327,6 +347,8 @@ class SFTTrainer:
                 "was False: make a model of it with python -m jax_sft.export, and start anew with "
                 "that as model.model_path"
             )
+        if self.inputs.stream is not None:
+            self.inputs.stream.seek(data["stream"])
         state = checkpoints.restore(step, like)
         self.model.source_dtypes = data["source_dtypes"]
         say("resumed", f"{folder} at step {step}")
@@ -431,6 +453,7 @@ class SFTTrainer:
                 "best": self._best,
                 "source_dtypes": self.model.source_dtypes,
                 "stop_ids": self.model.stop_ids,
+                "stream": None if self.inputs.stream is None else self.inputs.stream.mark(step),
                 "has_optimizer": has_optimizer,
             }
             saved = state if has_optimizer else state._replace(opt_state=())

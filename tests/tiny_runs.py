@@ -43,7 +43,7 @@ def tiny_config(run_dir: Path | str, **sections: dict) -> SFTConfig:
 
 def is_time(name: str) -> bool:
     """Whether a logged value is a measured time, which no two runs share."""
-    return name.startswith("time/") or name.endswith(("_per_second", "_seconds"))
+    return name.startswith("time/") or name.endswith(("_per_second", "_seconds", "_wait_share"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,10 @@ from jax_sft.data.types import Batch, Examples
 Item = TypeVar("Item")
 
 _NAMED_SAMPLES = 8  # as many as still read well in one error line
+
+
+class EndOfStream(Exception):
+    """There is no batch for this step: the data has been read as often as the run has epochs."""
 
 
 class Batches:
@@ -155,20 +160,7 @@ class Batches:
             A Batch of global arrays.
         """
         shape = self.batch_size, self.seq_length
-        filled: dict[tuple[int, int], Batch] = {}
-
-        def shard(field: int, index: tuple[slice, ...]) -> np.ndarray:
-            lo, hi, _ = index[0].indices(self.batch_size)
-            if (lo, hi) not in filled:
-                filled[lo, hi] = self.rows(step, (lo, hi))
-            return filled[lo, hi][field][:, index[1]]
-
-        return Batch(
-            *(
-                jax.make_array_from_callback(shape, sharding, lambda index, i=i: shard(i, index))
-                for i in range(len(Batch._fields))
-            )
-        )
+        return place_rows(functools.partial(self.rows, step), shape, sharding)
 
     def describe(self, step: int) -> str:
         """Names a step's epoch and samples, for the error that stops a run."""
@@ -178,41 +170,89 @@ class Batches:
         members = itertools.chain.from_iterable(
             plan.row(row).tolist() for row in range(first, first + self.batch_size)
         )
-        names = list(dict.fromkeys(self.examples[i].origin for i in members))
-        listed = ", ".join(names[:_NAMED_SAMPLES])
-        more = f" and {len(names) - _NAMED_SAMPLES} more" if len(names) > _NAMED_SAMPLES else ""
         return (
             f"step {step} (epoch {epoch}, step {local_step} of {self._steps_an_epoch} in it) "
-            f"trains on {listed}{more}"
+            f"trains on {name_samples(self.examples[i].origin for i in members)}"
         )
 
 
+def name_samples(origins: Iterable[str]) -> str:
+    """The first few different names, and how many more there are."""
+    names = list(dict.fromkeys(origins))
+    more = f" and {len(names) - _NAMED_SAMPLES} more" if len(names) > _NAMED_SAMPLES else ""
+    return ", ".join(names[:_NAMED_SAMPLES]) + more
+
+
+def place_rows(
+    rows: Callable[[tuple[int, int]], Batch],
+    shape: tuple[int, int],
+    sharding: jax.sharding.Sharding,
+) -> Batch:
+    """Makes global jax arrays of rows, of which each process fills only its own.
+
+    Args:
+        rows: (lo, hi) to those rows of the batch, as numpy.
+        shape: of the batch, [B, T].
+        sharding: of the arrays; it may split both axes.
+    """
+    filled: dict[tuple[int, int], Batch] = {}
+
+    def shard(field: int, index: tuple[slice, ...]) -> np.ndarray:
+        lo, hi, _ = index[0].indices(shape[0])
+        if (lo, hi) not in filled:
+            filled[lo, hi] = rows((lo, hi))
+        return filled[lo, hi][field][:, index[1]]
+
+    return Batch(
+        *(
+            jax.make_array_from_callback(shape, sharding, lambda index, i=i: shard(i, index))
+            for i in range(len(Batch._fields))
+        )
+    )
+
+
 def prefetch(
-    place: Callable[[int], Item], steps: Iterable[int], *, depth: int = 2
+    place: Callable[[int], Item],
+    steps: Iterable[int],
+    *,
+    depth: int = 2,
+    waited: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Item]:
     """Yields place(step) for each step, prepared up to depth steps ahead by one thread.
 
-    An exception of place is raised here, at the step that it belongs to. Closing the
-    iterator, or leaving it, waits for the step being prepared and starts no other.
+    An exception of place is raised here, at the step that it belongs to; EndOfStream
+    ends the iteration. Closing the iterator, or leaving it, waits for the step being
+    prepared and starts no other.
 
     Args:
         place: called in the thread, in order of the steps.
         steps: what place is called with.
         depth: how many are prepared and not yet taken, at least 1.
+        waited: told for each item the seconds that it was waited for.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; at least 1 step must be prepared ahead")
-    return _prefetch(place, iter(steps), depth)
+    return _prefetch(place, iter(steps), depth, waited)
 
 
-def _prefetch(place: Callable[[int], Item], steps: Iterator[int], depth: int) -> Iterator[Item]:
+def _prefetch(
+    place: Callable[[int], Item],
+    steps: Iterator[int],
+    depth: int,
+    waited: Callable[[float], None],
+) -> Iterator[Item]:
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
         ahead: deque[Future[Item]] = deque(
             pool.submit(place, step) for step in itertools.islice(steps, depth)
         )
         while ahead:
-            item = ahead.popleft().result()
+            start = time.perf_counter()
+            try:
+                item = ahead.popleft().result()
+            except EndOfStream:
+                return
+            waited(time.perf_counter() - start)
             ahead.extend(pool.submit(place, step) for step in itertools.islice(steps, 1))
             yield item
     finally:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -156,6 +157,27 @@ def test_adapters_go_on_too(tmp_path, monkeypatch):
         for name in ("run", "straight")
     ]
     assert files[0] == files[1] and files[2] == files[3]
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_stream_goes_on_too(tmp_path, monkeypatch, step):
+    rows = [{"prompt": prompt, "output": output} for prompt, output in SAMPLES]
+
+    def train(run_dir):
+        streamed = config(run_dir, resume_from_checkpoint="auto", epochs=4, total_steps=99)
+        streamed = streamed.evolve(data=dict(streaming=True, look_ahead=2))
+        samples = datasets.Dataset.from_list(rows).to_iterable_dataset()
+        return jax_sft.train(samples=samples, eval_prompts=PROMPTS, config=streamed)
+
+    trainer = train(tmp_path / "straight")
+    assert trainer.num_steps == 6, "24 samples of 12 or 13 tokens, 4 epochs, 16 rows of 16 a step"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_step(patch, step)
+        train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    trained = [line["trained_tokens"] for line in log_lines(tmp_path / "run") if "loss" in line]
+    assert trained[-1] == 4 * sum(len(output) + 1 for _, output in SAMPLES)
 
 
 def test_sigterm_saves_and_exits_so_that_a_supervisor_starts_it_again(straight, tmp_path, capsys):
