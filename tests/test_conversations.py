@@ -246,6 +246,11 @@ def test_weights(marks, all_, last, flagged):
     assert fields == USER, "templates do not see the marks"
 
 
+def test_context_counts_from_behind_the_system_column():
+    messages = [USER, ANSWER, USER, ANSWER]
+    assert weights(messages, system="S", num_context=2) == [0, 0, 0, 0, 1]
+
+
 def test_what_follows_the_last_answer_is_left_out_unless_it_is_trained():
     assert len(weights([USER, ANSWER, USER, USER])) == 2
     assert weights([USER, ANSWER, USER | {"train": True}, USER]) == [0, 1, 1]

@@ -58,6 +58,7 @@ FLOORS = {
     "data/row_reader": 0.6,
     "data/conversations": 0.4,
     "data/token_rows": 0.4,
+    "data/row_template": 0.4,
     "data/row_checks": 0.2,
     "data/csv_cells": 0,
     "data/sources": 0.2,

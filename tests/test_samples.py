@@ -201,6 +201,11 @@ def test_samples_of_no_format_are_errors(samples, expected):
             "missing_field",
         ),
         (
+            [{"prompt": "p", "output": "o"}, {"prompt": "p", "output": None, "text": "t"}],
+            "samples[1] field 'output' is None; leave this sample out",
+            "missing_field",
+        ),
+        (
             [{"prompt": "p", "output": "o", "text": None}] * 2
             + [{"prompt": None, "output": None, "text": "t"}],
             "samples[2] is text, but the samples are read as prompt_output",

@@ -7,7 +7,6 @@ ones; whatever is wrong with a row is a BadRow of one line that names it.
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,19 +21,10 @@ from jax_sft.data.conversations import (
     read_conversation,
 )
 from jax_sft.data.row_checks import as_filled, as_text, what
+from jax_sft.data.row_template import check_references, fill_template, parse_template
 from jax_sft.data.token_rows import read_token_row
 from jax_sft.data.types import BadRow, Content, Conversation, Turn
 
-# Stanford Alpaca (Taori et al. 2023), its training prompts.
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 _SHAPES = (
     "a str, a list of [prompt, output, prompt, output, ...] strings, a list of messages, or a "
     "row with fields"
@@ -80,7 +70,7 @@ class RowReader:
     def __post_init__(self) -> None:
         if self.template is None:
             return
-        _parse_template(self.template)
+        parse_template(self.template)
         if self.format not in (None, "text", "prompt_output"):
             raise ValueError(
                 f"data.template makes a text or a prompt, not {_NAMES[self.format]}: set "
@@ -130,7 +120,7 @@ class RowReader:
             return (Turn(as_filled(row, origin, reason="empty_text"), 1.0),)
         if self.template is not None:
             self._check_fields(row, origin, ())
-            text = _fill_template(self.template, row, origin)
+            text = fill_template(self.template, row, origin)
             return (Turn(as_filled(text, origin, reason="empty_text"), 1.0),)
         self._check_fields(row, origin, (self.text_field,))
         where = f"{origin} field {self.text_field!r}"
@@ -148,7 +138,7 @@ class RowReader:
         prompt_field, output_field = self._pair_in(row)
         if self.template is not None:
             self._check_fields(row, origin, (output_field,))
-            prompt = _fill_template(self.template, row, origin)
+            prompt = fill_template(self.template, row, origin)
             return _turns([prompt, row[output_field]], origin)
         self._check_fields(row, origin, (prompt_field, output_field))
         prompt, output = row[prompt_field], row[output_field]
@@ -285,7 +275,7 @@ class RowReader:
             if isinstance(row, str) or not isinstance(row, Mapping):
                 continue
             try:
-                _check_references(self.template, row, origin)
+                check_references(self.template, row, origin)
                 return
             except BadRow as error:
                 first = first or error
@@ -338,37 +328,3 @@ def read_prompt(value: Any, origin: str) -> str | list[str]:
             reason="uneven_dialogue",
         )
     return [as_text(text, f"{origin}[{index}]") for index, text in enumerate(value)]
-
-
-def _parse_template(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
-    try:
-        return list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"data.template {template!r} is malformed ({error})") from error
-
-
-def _check_references(template: str, row: Mapping[str, Any], origin: str) -> None:
-    """Plain {field} references only: no attributes, indices or conversions."""
-    for _, field, spec, conversion in _parse_template(_chosen(template, row)):
-        if field is not None and (spec or conversion or field not in row):
-            raise BadRow(
-                f"data.template refers to {{{field}}}, but {origin} has the fields {sorted(row)}; "
-                "write plain {field} references, and {{ }} for braces",
-                reason="missing_field",
-            )
-
-
-def _fill_template(template: str, row: Mapping[str, Any], origin: str) -> str:
-    _check_references(template, row, origin)
-    pieces = []
-    for literal, field, _, _ in _parse_template(_chosen(template, row)):
-        pieces.append(literal)
-        if field is not None:
-            pieces.append(as_text(row[field], f"{origin} field {field!r}"))
-    return "".join(pieces)
-
-
-def _chosen(template: str, row: Mapping[str, Any]) -> str:
-    if template != "alpaca":
-        return template
-    return _ALPACA_WITH_INPUT if row.get("input") else _ALPACA
