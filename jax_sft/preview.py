@@ -24,13 +24,12 @@ from rich.text import Text
 
 from jax_sft.command import run_command
 from jax_sft.config import SFTConfig, config_from_flags, help_text
-from jax_sft.run_folder import CONFIG, DATA_REPORT, write_json
+from jax_sft.run_folder import CONFIG, DATA_PAGE, DATA_REPORT, write_json
 
 if TYPE_CHECKING:
     from jax_sft.data.types import Example, Examples
     from jax_sft.inputs import Inputs
 
-PAGE = "data_report.html"
 _MOST_SHOWN = 20  # examples of one row
 
 
@@ -100,7 +99,7 @@ def preview(
         ValueError: the data are not as they must be.
     """
     # After the flags are known to be right: these take seconds.
-    from jax_sft.data.report import check_stop_tokens, print_report
+    from jax_sft.data.report import check_trained, print_report
     from jax_sft.data.report_page import write_report_page
     from jax_sft.data.token_view import draw_examples
     from jax_sft.inputs import find_tokenizer, load_inputs
@@ -112,7 +111,7 @@ def preview(
     shown = draw_examples(examples, num_examples) if row is None else _examples_of(examples, row)
     problem = ""
     try:
-        check_stop_tokens(inputs.train.counts, stop_tokens=config.tokenizer.stop_tokens)
+        check_trained(inputs.train, stop_tokens=config.tokenizer.stop_tokens)
     except ValueError as error:
         problem = str(error)
     prompts = [] if inputs.prompts is None else inputs.prompts.ids
@@ -125,9 +124,14 @@ def preview(
     _print_prompts(prompts, inputs, console, num_shown=num_examples)
     write_json(folder / DATA_REPORT, report)
     write_report_page(
-        report, folder / PAGE, examples=shown, prompts=prompts, tokenizer=tokenizer, problem=problem
+        report,
+        folder / DATA_PAGE,
+        examples=shown,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        problem=problem,
     )
-    console.print(Text(f"\nwritten: {folder / DATA_REPORT}, {folder / PAGE}"))
+    console.print(Text(f"\nwritten: {folder / DATA_REPORT}, {folder / DATA_PAGE}"))
     sys.stdout.flush()
     if problem:
         raise ValueError(problem)

@@ -12,6 +12,7 @@ from typing import Any
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
 DATA_REPORT = "data_report.json"
+DATA_PAGE = "data_report.html"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

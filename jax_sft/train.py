@@ -5,6 +5,7 @@ In: a config, samples, prompts, a metric. Out: a trained model, and a run's fold
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import shlex
@@ -20,7 +21,9 @@ from jax_sft.checkpoint import Checkpoints
 from jax_sft.config import SFTConfig, default_sft_config
 from jax_sft.config_keys import shortened
 from jax_sft.data.batches import prefetch
-from jax_sft.data.report import check_stop_tokens, run_report
+from jax_sft.data.report import check_trained, run_report
+from jax_sft.data.report_page import write_report_page
+from jax_sft.data.token_view import draw_examples
 from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
 from jax_sft.inputs import Inputs, find_tokenizer, load_inputs, read_prompts
 from jax_sft.interrupt import STOPPED, sigterm_asks_to_stop
@@ -45,6 +48,7 @@ from jax_sft.run_folder import (
     BEST,
     CHECKPOINTS,
     CONFIG,
+    DATA_PAGE,
     DATA_REPORT,
     FINAL,
     METRICS,
@@ -56,6 +60,7 @@ from jax_sft.startup import flops_a_step, peak_flops, print_start, say, shown
 from jax_sft.tracking import Tracker
 from jax_sft.train_step import TrainState, batch_sums
 
+_EXAMPLES_SHOWN = 5  # on the page of the data report
 # What a checkpoint's data says, before there is one.
 _NOTHING_YET = {"tokens": 0, "trained_tokens": 0}
 
@@ -148,6 +153,7 @@ class SFTTrainer:
         self.config, self.model, self.inputs = config, model, inputs
         # Resolved once: a renamed folder takes "." and what links point to along with it.
         self.run_dir = Path(config.train.checkpoint_dir).resolve()
+        check_trained(inputs.train, stop_tokens=config.tokenizer.stop_tokens)
         stream = inputs.stream
         self._batches = stream or make_batches(config, inputs.train.examples)
         self._row_sharding = named_sharding(model.mesh, "batch", "tokens")
@@ -162,7 +168,6 @@ class SFTTrainer:
             plan=self._batches.plan(0) if stream is None else stream.first.plan,
             steps_per_epoch=self._steps_per_epoch,
         )
-        check_stop_tokens(inputs.train.counts)
         model.stop_at(inputs.train.counts.stop_tokens)
         self._best: float | None = None
 
@@ -362,7 +367,7 @@ class SFTTrainer:
                 say("kept", f"{shown(self.run_dir)} held an earlier run, now {shown(old)}")
             self.run_dir.mkdir(parents=True, exist_ok=True)
             run_folder.write_json(self.run_dir / CONFIG, config.to_dict())
-            run_folder.write_json(self.run_dir / DATA_REPORT, self.data_report)
+            self._write_report()
             self.inputs.tokenizer.save_pretrained(self.run_dir / TOKENIZER)
         train = config.train
         self._checkpoints = Checkpoints(
@@ -383,6 +388,18 @@ class SFTTrainer:
             is_writer=is_writer,
         )
         opened.callback(self._tracker.close)
+
+    def _write_report(self) -> None:
+        inputs = self.inputs
+        run_folder.write_json(self.run_dir / DATA_REPORT, self.data_report)
+        write_report_page(
+            self.data_report,
+            self.run_dir / DATA_PAGE,
+            title=f"What {self.run_dir.name} is trained on",
+            examples=draw_examples(inputs.train.examples, _EXAMPLES_SHOWN),
+            prompts=[] if inputs.prompts is None else inputs.prompts.ids,
+            tokenizer=inputs.tokenizer,
+        )
 
     def _measure(self) -> tuple[dict[str, float], list[Table]]:
         """Computes the eval loss, and generates from the prompts and scores the outputs."""
@@ -460,6 +477,10 @@ class SFTTrainer:
             self._checkpoints.save(step, saved, data)
 
     def _finish(self) -> None:
+        if self.inputs.stream is not None:
+            self.data_report["streamed"] = dataclasses.asdict(self.inputs.stream.counts)
+            if jax.process_index() == 0:
+                self._write_report()
         self.save_pretrained(self.run_dir / FINAL)
         folder = shown(self.run_dir)
         say("saved", f"{folder / FINAL} (weights, tokenizer, model card; transformers loads it)")

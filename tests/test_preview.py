@@ -104,7 +104,7 @@ def test_data_that_would_not_stop_is_shown_before_it_is_refused(
 
     def without_stops(*args, **kwargs):
         loaded = load_inputs(*args, **kwargs)
-        loaded.train.counts.answers_without_stop = 7
+        loaded.train.sources[0].counts.answers_without_stop = 7
         return loaded
 
     load_inputs = inputs.load_inputs

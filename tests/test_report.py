@@ -13,7 +13,7 @@ from rich.console import Console
 from jax_sft.data.packing import plan_rows
 from jax_sft.data.report import (
     NOTES,
-    check_stop_tokens,
+    check_trained,
     data_report,
     facts,
     histogram,
@@ -95,6 +95,7 @@ def test_report_by_hand():
             },
         ],
         "problems": {"empty_output": ["pairs.jsonl line 3: its output is empty"]},
+        "partly_dropped": 0,
         "untrained_chunks": 0,
         "examples": 3,
         "tokens": 14,
@@ -165,7 +166,7 @@ def test_no_examples_still_make_a_report():
     assert report["length_histogram"] == {"edges": [], "counts": []} and report["longest"] == []
     assert "2 (over length)" in printed(report)
     with pytest.raises(ValueError, match=r"2 rows were read, and none was kept.*2 over length"):
-        check_stop_tokens(counts)
+        check_trained(ExampleSet(examples_from_parts([]), counts, ()))
 
 
 def test_printed_report_names_what_matters():
@@ -244,16 +245,28 @@ def test_counts_that_do_not_add_up_are_refused():
 
 
 def test_answers_that_train_no_stop_token_are_refused():
-    counts = two_sources().counts
-    check_stop_tokens(counts)
-    counts.untruncated_answers, counts.answers_without_stop = 3, 1
-    with pytest.raises(ValueError, match="1 of 3 untruncated answers train no stop token '</s>'"):
-        check_stop_tokens(counts)
+    def check(format="prompt_output", stop_tokens=(), **counts):
+        counts = Counts(rows_read=3, kept=3, **counts)
+        source = Source("a.jsonl", format, 1.0, counts)
+        check_trained(
+            ExampleSet(examples_from_parts([]), counts, (source,)), stop_tokens=stop_tokens
+        )
+
+    stops = dict(stop_tokens={"</s>": 3}, untruncated_answers=3)
+    check(**stops)
+    expected = "1 of 3 untruncated answers of a.jsonl train no stop token '</s>'"
+    with pytest.raises(ValueError, match=expected):
+        check(**stops, answers_without_stop=1)
+    counts = Counts(rows_read=3, kept=3, **stops, answers_without_stop=1)
+    examples = examples_from_parts([])
+    sources = (Source("a", "text", 1.0, Counts()), Source("b", "text", 1.0, counts))
     with pytest.raises(ValueError, match=r"'<end>' or '</s>'.*tokenizer\.stop_tokens") as error:
-        check_stop_tokens(counts, stop_tokens=("<end>",))
+        check_trained(ExampleSet(examples, counts, sources), stop_tokens=("<end>",))
     assert "\n" not in str(error.value)
-    counts.stop_tokens = {}
     with pytest.raises(ValueError, match="none is known"):
-        check_stop_tokens(counts)
+        check(untruncated_answers=3, answers_without_stop=3)
+    check("tokens", **stops, answers_without_stop=2)
+    with pytest.raises(ValueError, match="3 of 3 untruncated answers"):
+        check("tokens", untruncated_answers=3, answers_without_stop=3)
     with pytest.raises(ValueError, match="nothing would be trained: 0 rows"):
-        check_stop_tokens(Counts())
+        check_trained(ExampleSet(examples, Counts(), ()))

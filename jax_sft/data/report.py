@@ -30,6 +30,7 @@ NOTES = {
     "truncated": "rows lost tokens to train.seq_length",
     "split": "rows were split into several examples",
     "untrained_chunks": "chunks of split rows train nothing and were left out",
+    "partly_dropped": "conversations lost some of their answers to data.over_length",
     "unrolled": "conversations became an example an answer: the template rewrites earlier turns",
     "retokenized_boundaries": "places where the last of the prompt and the first of the answer "
     "would make one token, and were kept apart",
@@ -93,6 +94,7 @@ def data_report(
             for source in sources
         ],
         "problems": {reason: list(shown) for reason, shown in counts.shown.items()},
+        "partly_dropped": counts.partly_dropped,
         "untrained_chunks": counts.untrained_chunks,
         "examples": len(examples),
         "tokens": num_tokens,
@@ -208,33 +210,42 @@ def _longest(examples: Examples) -> list[dict[str, Any]]:
     return [{"origin": origin, "tokens": number} for origin, number in named]
 
 
-def check_stop_tokens(counts: Counts, *, stop_tokens: Sequence[str] = ()) -> None:
+def check_trained(example_set: ExampleSet, *, stop_tokens: Sequence[str] = ()) -> None:
     """Fails if the data would teach nothing, or not to end the answers that are whole.
 
     Truncated answers have lost their end and are not looked at. An answer whose own text
-    holds the stop token trains more than one; those are reported, not refused.
+    holds the stop token trains more than one; those are reported, not refused. Rows that
+    came as token ids may have been cut before: of them some, but not all, may lack it.
 
     Args:
-        counts: what became of all rows that are trained.
+        example_set: what is trained.
         stop_tokens: the texts of the tokens that were looked for, where they were chosen.
 
     Raises:
         ValueError: no row is trained, or an untruncated answer trains no stop token.
     """
+    counts = example_set.counts
     if not counts.kept:
         raise ValueError(
             f"nothing would be trained: {counts.rows_read:,} rows were read, and none was kept"
             f"{_listed(counts.dropped)}; see their problems in the data report, and check the "
             "data's fields, train.seq_length, data.filter and data.train_turns"
         )
-    if counts.answers_without_stop:
+    for source in example_set.sources:
+        _check_stop_tokens(source, stop_tokens)
+
+
+def _check_stop_tokens(source: Source, stop_tokens: Sequence[str]) -> None:
+    counts = source.counts
+    num_without, num_answers = counts.answers_without_stop, counts.untruncated_answers
+    if num_without and (source.format != "tokens" or num_without == num_answers):
         names = dict.fromkeys([*stop_tokens, *counts.stop_tokens])
         looked_for = " or ".join(map(repr, names)) or "(none is known)"
         raise ValueError(
-            f"{counts.answers_without_stop:,} of {counts.untruncated_answers:,} untruncated "
-            f"answers train no stop token {looked_for}, so the model would not learn to stop; name "
-            "the token that ends an answer in tokenizer.stop_tokens, set tokenizer.add_eos=True, "
-            "or choose another tokenizer.chat_template"
+            f"{num_without:,} of {num_answers:,} untruncated answers of {source.name} train no "
+            f"stop token {looked_for}, so the model would not learn to stop; name the token that "
+            "ends an answer in tokenizer.stop_tokens, set tokenizer.add_eos=True (False for token "
+            "ids that are to end so), or choose another tokenizer.chat_template"
         )
 
 
