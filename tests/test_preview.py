@@ -112,7 +112,7 @@ def test_data_that_would_not_stop_is_shown_before_it_is_refused(
     assert command(monkeypatch, tmp_path, f"--config={config_file}") == 2
     shown = capsys.readouterr()
     assert "24 kept" in shown.out and "0 + 1 =⟦ 1" in shown.out and "written:" in shown.out
-    assert shown.err.startswith("error: 7 of 24 untruncated answers train no stop token")
+    assert shown.err.startswith("error: 7 of 24 untruncated answers of ")
     assert shown.err.count("\n") == 1
     assert "Training would stop here." in (tmp_path / "preview" / "data_report.html").read_text()
 
