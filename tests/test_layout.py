@@ -53,6 +53,8 @@ FLOORS = {
     "data/samples": 1,
     "data/tokenization": 1,
     "data/chat": 0.8,
+    "data/habits": 0.6,
+    "data/template": 0.4,
     "data/encoding": 0,
     "data/row_filter": 0,
     "data/row_reader": 0.6,

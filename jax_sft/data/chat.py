@@ -2,8 +2,9 @@
 
 What comes in is a Conversation, what goes out is the text that the template renders, cut
 into context and answers, each answer with the token that ends it. Stock templates do not
-say where an answer lies, so each is found by rendering: bracketed by characters that no
-text holds, or, where a template rewrites what it is given, by what stands before it.
+say where an answer lies. Here it begins where the template's own generation prompt ends,
+so that training goes on from what serving begins with, and it ends in the token that the
+template writes behind answers.
 """
 
 from __future__ import annotations
@@ -11,20 +12,17 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jax_sft.data import template as messages_of
+from jax_sft.data.habits import ASK, REPLY, Habits, Tokens, before_spaces, find_habits
+from jax_sft.data.template import Chat, Template
 from jax_sft.data.types import BadRow, Conversation, Message, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_THINK_END = "</think>"
-_PRIVATE_USE = (range(0xE000, 0xF8FF), range(0xF0000, 0xFFFFD))
-_PROBE = ("probe", "reply")
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,9 @@ class Rendered:
 
     Attributes:
         turns: context and answers in order; the whole text is their sum.
-        stops: for each turn the token that ends it, where it is a trained answer.
-        reasons: whether an answer here thinks before it answers.
+        stops: for each turn the token that ends it, where it is a trained answer; "" where
+            none is known.
+        reasons: whether a trained answer here thinks before it answers.
     """
 
     turns: tuple[Turn, ...]
@@ -51,9 +50,12 @@ class RenderedRow(NamedTuple):
     """The sequences of a row, and what had to be done to get them.
 
     Attributes:
-        sequences: one, or one an answer where the template rewrites earlier turns.
-        num_added_stops: answers behind which EOS was put, since the template ends none.
-        num_unrendered: trained answers whose reasoning the template leaves out.
+        sequences: one, or more where the template rewrites answers when others follow; each
+            trained answer is trained in one of them.
+        num_added_stops: trained answers behind which EOS was put, since the template ends
+            none.
+        num_unrendered: trained answers whose reasoning the template leaves out, so that it
+            was put in front of their text.
     """
 
     sequences: tuple[Rendered, ...]
@@ -62,7 +64,7 @@ class RenderedRow(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Where a message lies in a text; stop is the token at its end, if it has one."""
+    """Where an answer lies in a text; stop is the token at its end, if it has one."""
 
     start: int
     end: int
@@ -70,23 +72,16 @@ class _Span(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """A conversation up to an answer as its last message, and where the answer lies."""
+    """A text that ends in an answer, and where the answer lies in it."""
 
     text: str
     span: _Span
-    adds_stop: bool
+    adds_stop: bool = False
     is_unrendered: bool = False
 
 
-class _Stops(NamedTuple):
-    """The tokens that end an answer in the middle of a conversation, and at its end."""
-
-    middle: str | None
-    last: str | None
-
-
 class ChatTemplate:
-    """A tokenizer's chat template, and what it puts behind an answer.
+    """A tokenizer's chat template, and where answers begin and end in what it renders.
 
     Args:
         tokenizer: its chat_template renders, its special tokens end answers.
@@ -111,18 +106,20 @@ class ChatTemplate:
                 "the samples are conversations, but the tokenizer has no chat template: set "
                 "tokenizer.chat_template to a Jinja file, or pass [prompt, output, ...] lists"
             )
-        self._tokenizer = tokenizer
-        self._kwargs = dict(kwargs or {})
+        self._template = Template(tokenizer, kwargs or {})
         self._chosen = check_stop_tokens(stop_tokens, tokenizer)
+        self._tokens = Tokens(tokenizer, self._chosen)
         self._eos = tokenizer.eos_token if add_eos else None
-        added = tokenizer.added_tokens_decoder.values()
-        self._specials = {str(token) for token in added if token.special}
-        self._specials |= {*tokenizer.all_special_tokens, *self._chosen}
-        # Behind a plain answer any token of its own ends it, also one that is not special.
-        names = sorted(self._specials | {str(token) for token in added}, key=len, reverse=True)
-        self._token = re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
-        self._stops, self._rewrites = self._probe()
-        self._specials |= {stop for stop in self._stops if stop}
+        self._without_tools, self._with_tools = (
+            find_habits(
+                self._template,
+                self._tokens,
+                self._chosen,
+                tokenizer.eos_token,
+                has_tools=has_tools,
+            )
+            for has_tools in (False, True)
+        )
 
     def render(self, conversation: Conversation, origin: str) -> RenderedRow:
         """Renders a conversation, and finds its answers.
@@ -138,22 +135,21 @@ class ChatTemplate:
             origin: names the row in errors.
 
         Returns:
-            One sequence, or one an answer where the template changes or drops earlier turns.
+            The turns of one sequence, cut at every answer, trained or not; of several where
+            the template rewrites answers that others follow.
 
         Raises:
             BadRow: the template refuses the conversation, or an answer cannot be found in
                 what it renders.
         """
-        messages = tuple(_stripped(message) for message in conversation.messages)
-        row = _Row(messages, conversation.tools, origin)
-        num_answers = sum(message.fields["role"] == "assistant" for message in messages)
+        chat = _chat(conversation, origin)
+        weights = [message.weight for message in conversation.messages]
+        num_answers = sum(_is_answer(message) for message in chat.messages)
         found = None
-        if num_answers == 1 or not self._rewrites:
-            found = self._marked(row) if self._marks_answers(row) else self._bracketed(row)
-        if found is None:
-            return self._one_by_one(row)
-        text, spans, num_added = found
-        return RenderedRow((_cut(text, spans, messages),), num_added)
+        if num_answers == 1 or not self._habits(chat).rewrites:
+            if not any(map(_is_more_than_text, chat.messages)):
+                found = self._at_once(chat, weights)
+        return found or self._one_by_one(chat, weights)
 
     def prompt(
         self, conversation: Conversation, origin: str, *, reasons: bool = False
@@ -161,10 +157,10 @@ class ChatTemplate:
         """What training renders before the answer to a conversation, cut where training cuts.
 
         Args:
-            conversation: ends in a message to answer; what it trains is not looked at.
+            conversation: ends in a message to answer; which answers it trains changes nothing.
             origin: names it in errors.
-            reasons: whether the answers in training think first: some templates then write
-                another text in front of them.
+            reasons: whether the answers in training think first: where a template has no
+                generation prompt that fits both, it writes another text in front of them.
 
         Returns:
             Pieces of text, context and earlier answers in turn.
@@ -172,10 +168,12 @@ class ChatTemplate:
         Raises:
             BadRow: the template refuses the conversation.
         """
-        _, reply = _PROBE
-        content = f"<think>\n{reply}\n{_THINK_END}\n\n{reply}" if reasons else reply
+        content = f"<think>\n{ASK}\n{messages_of.THINK_END}\n\n{REPLY}" if reasons else REPLY
         answer = Message({"role": "assistant", "content": content}, 1.0)
-        earlier = (Message(message.fields, 0.0) for message in conversation.messages)
+        earlier = (
+            Message(message.fields, 0.0) if _is_answer(message.fields) else message
+            for message in conversation.messages
+        )
         answered = Conversation((*earlier, answer), conversation.tools)
         turns = self.render(answered, origin).sequences[-1].turns
         last = max(index for index, turn in enumerate(turns) if turn.weight)
@@ -183,371 +181,218 @@ class ChatTemplate:
 
     def generation_prompt(self, conversation: Conversation, origin: str) -> str:
         """What the template itself renders for an answer to come, by add_generation_prompt."""
-        messages = tuple(_stripped(message) for message in conversation.messages)
-        row = _Row(messages, conversation.tools, origin)
-        return self._render(row, row.messages, prompts=True)
+        return self._template.render(_chat(conversation, origin), prompts=True)
 
     @property
     def stops(self) -> list[str]:
         """The tokens that end answers, as far as the template shows them."""
-        return sorted({stop for stop in self._stops if stop})
+        habits = self._without_tools, self._with_tools
+        return sorted({one.stop for one in habits if one.stop is not None})
 
-    # -- the template ------------------------------------------------------------------------
+    def _habits(self, chat: Chat) -> Habits:
+        return self._without_tools if chat.tools is None else self._with_tools
 
-    def _render(self, row: _Row, messages: Sequence[Message], *, prompts: bool = False) -> str:
-        fields = [message.fields for message in messages]
-        return self._render_fields(row, fields, prompts=prompts)
+    # -- all answers in one rendering --------------------------------------------------------
 
-    def _render_fields(
-        self, row: _Row, fields: list[dict[str, Any]], *, prompts: bool = False
-    ) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(
-                fields,
-                tools=None if row.tools is None else list(row.tools),
-                add_generation_prompt=prompts,
-                tokenize=False,
-                **self._kwargs,
-            )
-        except Exception as error:  # whatever Jinja code may raise
-            problem = str(error).strip().split("\n")[0] or type(error).__name__
-            raise BadRow(
-                f"{row.origin}: the chat template fails on it ({problem}); change the row, or set "
-                "tokenizer.chat_template or data.filter",
-                reason="template_error",
-            ) from error
-
-    def _probe(self) -> tuple[_Stops, bool]:
-        """Renders two exchanges: what ends answers, and does the second change the first?"""
-        user, reply = _PROBE
-        pairs = [("user", user), ("assistant", reply)] * 2
-        messages = tuple(
-            Message({"role": role, "content": text}, float(role == "assistant"))
-            for role, text in pairs
-        )
-        row = _Row(messages, None, "the chat template")
-        try:
-            found = self._brackets(row, (1, 3))
-            placed = self._placed(row, 1)
-        except BadRow:
-            return _Stops(None, None), True
-        if found is None or placed is None:
-            return _Stops(None, None), True
-        text, spans = found
-        tails = text[spans[1][1] : spans[3][0]], text[spans[3][1] :]
-        return self._find_stops(*map(self._lead, tails)), text[: spans[1][0]] != placed[0]
-
-    def _find_stops(self, middle: list[str], last: list[str]) -> _Stops:
-        """Tells what ends answers from the tokens behind one in the middle and behind the last.
-
-            Phi-3      <|end|> <|user|>    <|end|> <|endoftext|>   both end in <|end|>
-            Cohere2    <|END_RESPONSE|> <|END_OF_TURN_TOKEN|>      the second of two
-            GLM-4      <|user|>            nothing                 <|user|>, added at the end
-
-        What follows both is what ends an answer; where nothing does, each ends in the first
-        token behind it, and the last, where it has none, in that of the first.
-        """
-        if self._chosen:
-            return _Stops(*(self._first_chosen(tail) for tail in (middle, last)))
-        pairs = itertools.takewhile(lambda two: two[0] == two[1], zip(middle, last, strict=False))
-        both = [token for token, _ in pairs]
-        if both:
-            eos = self._tokenizer.eos_token
-            stop = eos if eos in both else both[-1]
-            return _Stops(stop, stop)
-        first = middle[0] if middle else None
-        return _Stops(first, last[0] if last else first)
-
-    def _first_chosen(self, tail: list[str]) -> str | None:
-        return next((token for token in tail if token in self._chosen), None) or self._chosen[0]
-
-    def _lead(self, tail: str) -> list[str]:
-        """The tokens that a text begins with, white space between them passed over."""
-        tokens, place = [], 0
-        while found := self._token.match(tail, place + _num_spaces(tail[place:])):
-            tokens.append(found.group())
-            place = found.end()
-        return tokens
-
-    def _end(self, text: str, start: int, stop: str | None) -> int | None:
-        """Where a stop token ends that, behind white space and other tokens, follows start."""
-        place = start
-        while found := self._token.match(text, place + _num_spaces(text[place:])):
-            if found.group() == stop:
-                return found.end()
-            place = found.end()
-        return None
-
-    # -- an answer in brackets ---------------------------------------------------------------
-
-    def _brackets(
-        self, row: _Row, indices: Sequence[int]
-    ) -> tuple[str, dict[int, tuple[int, int]]] | None:
-        """Renders with the contents of messages in brackets, and takes the brackets off.
-
-        Returns:
-            The text, which is the plain one, and where each content lies; None where the
-            template changes or repeats a content.
-        """
-        opening, closing = _unused(row)
-        fields = [dict(message.fields) for message in row.messages]
-        for index in indices:
-            fields[index]["content"] = f"{opening}{fields[index]['content']}{closing}"
-        try:
-            marked = self._render_fields(row, fields)
-        except BadRow:
-            self._render(row, row.messages)  # says what is wrong with the row itself
-            return None
-        places = re.finditer(f"[{opening}{closing}]", marked)
-        at = [(found.group(), found.start() - i) for i, found in enumerate(places)]
-        if [mark for mark, _ in at] != [opening, closing] * len(indices):
-            return None
-        text = marked.replace(opening, "").replace(closing, "")
-        if text != self._render(row, row.messages):
-            return None
-        starts, ends = at[0::2], at[1::2]
-        return text, {
-            index: (start, end)
-            for index, (_, start), (_, end) in zip(indices, starts, ends, strict=True)
-        }
-
-    def _bracketed(self, row: _Row) -> tuple[str, dict[int, _Span], int] | None:
-        """All answers of a row in one rendering; None where that does not find them all."""
-        if any(_has_calls(m) or _field_reasoning(m) for m in row.messages):
-            return None
-        indices = [i for i, m in enumerate(row.messages) if m.fields["role"] == "assistant"]
-        indices = sorted({*indices, *(i for i, m in enumerate(row.messages) if m.weight)})
-        found = self._brackets(row, indices)
+    def _at_once(self, chat: Chat, weights: Sequence[float]) -> RenderedRow | None:
+        """Finds plain answers in the chat as a whole; None where that does not find them all."""
+        habits = self._habits(chat)
+        answers = [_is_answer(message) for message in chat.messages]
+        indices = [i for i, weight in enumerate(weights) if weight or answers[i]]
+        found = self._template.contents(chat, indices)
         if found is None:
             return None
         text, contents = found
+        starts = self._starts(chat, text, {i: contents[i][0] for i in indices if answers[i]})
+        if starts is None:
+            return None
         spans: dict[int, _Span] = {}
+        num_added = 0
         for index, following in itertools.pairwise([*indices, None]):
             start, end = contents[index]
             limit = len(text) if following is None else contents[following][0]
-            is_answer = row.messages[index].fields["role"] == "assistant"
-            is_last = index == len(row.messages) - 1
-            start = self._with_spaces(text, start)
-            if not is_answer:
-                spans[index] = _Span(start, end, None)
+            if not answers[index]:
+                spans[index] = _Span(before_spaces(text, start), end, None)
                 continue
-            stop = self._stops.last if is_last else self._stops.middle
-            stop_end = self._end(text[:limit], end, stop) if stop else None
-            if stop_end is None and is_last:
-                text, span, adds = self._ended(text, start, end)
-                spans[index] = span
-                return text, spans, int(adds and row.messages[index].weight > 0)
-            if stop_end is None and row.messages[index].weight:
-                return None  # as its row's last message it may end
-            spans[index] = _Span(start, stop_end or end, stop if stop_end else None)
-        return text, spans, 0
+            start = starts[index]
+            stop_end = self._tokens.end_of(habits.stop, text, end, limit)
+            if stop_end is not None:
+                spans[index] = _Span(start, stop_end, habits.stop)
+            elif index == len(weights) - 1:
+                text, spans[index], adds_stop, _ = self._closed(text, start, end, habits)
+                num_added = int(adds_stop and weights[index] > 0)
+            else:
+                return None  # as the last message of its chat it may end
+        return RenderedRow((_cut(chat, text, spans, weights),), num_added)
 
-    def _ended(self, text: str, start: int, end: int) -> tuple[str, _Span, bool]:
-        """Puts behind the last answer the token that ends answers, or EOS."""
-        stop = self._stops.last
-        rest = text[end:]
-        if stop is None and rest.strip():
-            return text, _Span(start, end, None), False
-        adds_eos = stop is None
-        stop = stop or self._eos
-        if stop is None:
-            return text, _Span(start, end, None), False
-        if not rest.strip():
-            text = text[: end if adds_eos else len(text)] + stop
-            return text, _Span(start, len(text), stop), adds_eos
-        text = text[:end] + stop + rest
-        return text, _Span(start, end + len(stop), stop), adds_eos
+    def _starts(self, chat: Chat, text: str, contents: Mapping[int, int]) -> dict[int, int] | None:
+        """Where plain answers of a text begin, from where their contents do."""
+        if self._template.marks_answers(chat):
+            places = self._template.marked_answers(chat, text)
+            found = {
+                index: start
+                for index, place in contents.items()
+                for start, end in places
+                if start <= place <= end
+            }
+            return found if found.keys() == contents.keys() else None
+        lead_in = self._habits(chat).lead_in
+        if not all(text.endswith(lead_in, 0, start) for start in contents.values()):
+            return None
+        return {index: start - len(lead_in) for index, start in contents.items()}
 
-    @staticmethod
-    def _with_spaces(text: str, start: int) -> int:
-        """Spaces before an answer belong to it: the token " Hello" begins with one."""
-        return len(text[:start].rstrip(" "))
+    # -- each answer as the last message -----------------------------------------------------
 
-    # -- an answer as the last message -------------------------------------------------------
+    def _one_by_one(self, chat: Chat, weights: Sequence[float]) -> RenderedRow:
+        """Finds each answer in its chat rendered up to it, and joins what can be joined.
 
-    def _one_by_one(self, row: _Row) -> RenderedRow:
-        """Finds each trained answer with its conversation rendered up to it."""
-        answers = {
-            index: self._answer(row, index)
-            for index, message in enumerate(row.messages)
-            if message.weight and message.fields["role"] == "assistant"
-        }
-        if any(m.weight and m.fields["role"] != "assistant" for m in row.messages):
+        An answer is trained in the last sequence that still has it as it was when nothing
+        followed it. Which sequences have it depends only on the messages before their end,
+        so that a prompt is cut as training's sequences are.
+        """
+        if any(w and not _is_answer(m) for m, w in zip(chat.messages, weights, strict=True)):
             raise BadRow(
-                f"{row.origin}: a message that is no answer is to be trained, but the chat "
+                f"{chat.origin}: a message that is no answer is to be trained, but the chat "
                 "template rewrites it; take off its train flag",
                 reason="answer_not_located",
             )
-        if not answers:
-            text = self._render(row, row.messages)
-            return RenderedRow((Rendered((Turn(text, 0.0),), (None,)),))
-        added = sum(answer.adds_stop for answer in answers.values())
-        unrendered = sum(answer.is_unrendered for answer in answers.values())
-        base = answers[max(answers)].text
-        if all(base.startswith(answer.text[: answer.span.end]) for answer in answers.values()):
-            spans = {index: answer.span for index, answer in answers.items()}
-            sequences = (_cut(base, spans, row.messages),)
-        else:
-            sequences = tuple(
-                _cut(answer.text, {index: answer.span}, row.messages)
+        answers: dict[int, _Answer] = {}
+        for index, message in enumerate(chat.messages):
+            if not _is_answer(message):
+                continue
+            try:
+                answers[index] = self._answer(chat, index)
+            except BadRow:
+                if weights[index]:
+                    raise
+        left = {index for index in answers if weights[index]}
+        trained = [answers[index] for index in left]
+        sequences: list[Rendered] = []
+        while left:
+            last = max(left)
+            text = answers[last].text
+            spans = {
+                index: answer.span
                 for index, answer in answers.items()
-            )
-        return RenderedRow(sequences, added, unrendered)
+                if index <= last and text.startswith(answer.text[: answer.span.end])
+            }
+            kept = [weight if i in left else 0.0 for i, weight in enumerate(weights)]
+            sequences.append(_cut(chat, text, spans, kept))
+            left -= spans.keys()
+        if not trained:
+            sequences.append(_cut(chat, self._template.render(chat), {}, weights))
+        return RenderedRow(
+            tuple(reversed(sequences)),
+            sum(answer.adds_stop for answer in trained),
+            sum(answer.is_unrendered for answer in trained),
+        )
 
-    def _answer(self, row: _Row, index: int) -> _Answer:
-        """Renders up to an answer, and finds it by what stands before it."""
-        message = row.messages[index]
-        up_to = row._replace(messages=row.messages[: index + 1])
-        if not _has_calls(message) and not _field_reasoning(message):
-            found = self._brackets(up_to, [index])
-            if found is not None:
-                text, contents = found
-                start, end = contents[index]
-                return self._closed(text, self._with_spaces(text, start), end)
-        text = self._render(row, up_to.messages)
-        head = self._head(row, index)
-        prompt = self._render_or_none(row, up_to.messages[:-1])
-        heads = [prompt, head] if _reasons(message) else [head, prompt]
-        for before in heads:
-            if before is not None and text.startswith(before):
-                before = before[: self._with_spaces(text, len(before))]
-                if _holds(text[len(before) :], message):
-                    return self._trailed(row, index, text, len(before))
-        return self._put_in(row, index, head, prompt)
-
-    def _render_or_none(self, row: _Row, messages: Sequence[Message]) -> str | None:
-        try:
-            return self._render(row, messages, prompts=True) if messages else None
-        except BadRow:
-            return None
-
-    def _head(self, row: _Row, index: int) -> str | None:
-        """What stands before a plain answer in the place of this one."""
-        found = self._placed(row, index)
-        return None if found is None else found[0]
-
-    def _placed(self, row: _Row, index: int) -> tuple[str, str] | None:
-        """What stands before and behind a plain last answer in the place of this one."""
-        opening, closing = _unused(row)
-        plain = {"role": "assistant", "content": opening + closing}
-        fields = [*(message.fields for message in row.messages[:index]), plain]
-        try:
-            text = self._render_fields(row, fields)
-        except BadRow:
-            return None
-        before, _, behind = text.partition(opening + closing)
-        return (before, behind) if text.count(opening) == 1 == text.count(closing) else None
-
-    def _trailed(self, row: _Row, index: int, text: str, start: int) -> _Answer:
-        """Takes the tokens at the very end of a text for those that end its answer."""
-        place = len(text.rstrip())
-        tail = place
-        while (found := self._last_token(text[start:place])) is not None:
-            tail = start + found
-            place = len(text[:tail].rstrip())
-        if place < start:
-            tail = place = len(text)
-        follower = self._follower(row, index, text) if not self._lead(text[place:]) else None
-        if follower is not None:
-            text += follower
-            return _Answer(text, _Span(start, len(text), follower), adds_stop=False)
-        return self._closed(text, start, place)
-
-    def _last_token(self, text: str) -> int | None:
-        """Where the special token begins that a text ends in."""
-        ends = [token for token in self._specials if text.endswith(token)]
-        return len(text) - max(map(len, ends)) if ends else None
-
-    def _follower(self, row: _Row, index: int, text: str) -> str | None:
-        """The token that begins what follows an answer, where no token of its own ends it."""
-        if index + 1 == len(row.messages):
-            return None
-        try:
-            longer = self._render(row, row.messages[: index + 2])
-        except BadRow:
-            return None
-        lead = self._lead(longer[len(text) :]) if longer.startswith(text) else []
-        return lead[0] if lead else None
-
-    def _closed(self, text: str, start: int, end: int) -> _Answer:
-        """Ends the last answer of a text in its stop token."""
-        lead = self._lead(text[end:])
-        stop = self._stops.last if self._stops.last in lead else None
-        if stop is None and lead and not self._chosen:
-            stop = lead[0]
-        if stop is not None:
-            stop_end = self._end(text, end, stop)
-            return _Answer(text, _Span(start, stop_end, stop), adds_stop=False)
-        text, span, adds = self._ended(text, start, end)
-        return _Answer(text, span, adds)
-
-    def _put_in(self, row: _Row, index: int, head: str | None, prompt: str | None) -> _Answer:
-        """Puts an answer whose reasoning the template drops where a plain answer stands."""
-        message = row.messages[index]
-        placed = self._placed(row, index)
-        full = _with_reasoning(message)
-        if placed is None or _has_calls(message):
+    def _answer(self, whole: Chat, index: int) -> _Answer:
+        """Renders a chat up to an answer, and finds the answer at its end."""
+        chat = whole.up_to(index + 1)
+        message = chat.messages[-1]
+        text = self._template.render(chat)
+        found = self._found(whole, chat, text)
+        if found is not None:
+            return found
+        if messages_of.reasons(message):
+            found = self._with_reasoning(whole, chat)
+        if found is None:
             raise BadRow(
-                f"{row.origin}: the answer {_short(message.fields['content'])} cannot be found in "
-                "what the chat template renders; set tokenizer.chat_template to one that keeps it, "
-                'or data.on_bad_row="skip"',
+                f"{chat.origin}: the chat template leaves out a part of the answer "
+                f"{_short(message)}; set tokenizer.chat_template to one that renders it, take "
+                'off its train flag, or set data.on_bad_row to "skip"',
                 reason="answer_not_located",
             )
-        before, behind = placed
-        text = before + full + behind
-        start = len(before)
-        if prompt is not None and len(prompt) > len(before) and text.startswith(prompt):
-            start = len(prompt)
-        answer = self._closed(text, self._with_spaces(text, start), len(before) + len(full))
-        return answer._replace(is_unrendered=True)
+        return found._replace(is_unrendered=True)
 
-    # -- templates with {% generation %} ------------------------------------------------------
-
-    def _marks_answers(self, row: _Row) -> bool:
-        template = self._tokenizer.get_chat_template(tools=row.tools)
-        return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-    def _marked(self, row: _Row) -> tuple[str, dict[int, _Span], int] | None:
-        """The answers as the template itself marks them; None where it marks not each once."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        text = self._render(row, row.messages)
-        [marked], [places] = render_jinja_template(
-            conversations=[[message.fields for message in row.messages]],
-            tools=None if row.tools is None else list(row.tools),
-            chat_template=self._tokenizer.get_chat_template(tools=row.tools),
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **self._kwargs},
-        )
-        indices = [i for i, m in enumerate(row.messages) if m.fields["role"] == "assistant"]
-        is_odd = any(m.weight and m.fields["role"] != "assistant" for m in row.messages)
-        if marked != text or len(places) != len(indices) or is_odd:
+    def _with_reasoning(self, whole: Chat, chat: Chat) -> _Answer | None:
+        """Puts in the reasoning that a template drops: in the content, or in the text."""
+        full = messages_of.with_reasoning(chat.messages[-1])
+        chat = chat.with_last(full)
+        text = self._template.try_render(chat)
+        found = None if text is None else self._found(whole, chat, text)
+        if found is not None or messages_of.has_calls(full):
+            return found
+        around = self._template.around_last(chat)
+        if around is None:
             return None
-        spans: dict[int, _Span] = {}
-        for index, (start, end) in zip(indices, places, strict=True):
-            stop = self._stops.last if index == len(row.messages) - 1 else self._stops.middle
-            inside = [found.end() for found in self._token.finditer(text, start, end)]
-            ended = stop is not None and any(text[start:at].endswith(stop) for at in inside)
-            if not ended and stop is not None:
-                stop_end = self._end(text, end, stop)
-                end, ended = stop_end or end, stop_end is not None
-            if not ended and row.messages[index].weight:
-                if index != len(row.messages) - 1:
-                    return None
-                text, spans[index], adds = self._ended(text, start, end)
-                return text, spans, int(adds)
-            spans[index] = _Span(start, end, stop if ended else None)
-        return text, spans, 0
+        before, behind = around
+        text = before + full["content"] + behind
+        start = self._start(chat, text)
+        if start is None:
+            return None
+        end = len(before) + len(full["content"])
+        return self._closed(text, start, end, self._habits(chat))
 
+    def _found(self, whole: Chat, chat: Chat, text: str) -> _Answer | None:
+        """The answer at the end of a text, None where parts of it are not there."""
+        habits = self._habits(chat)
+        is_kept, end = self._template.keeps_last(chat, text)
+        start = self._start(chat, text) if is_kept else None
+        if start is None:
+            return None
+        if any(name not in text[start:] for name in messages_of.call_names(chat.messages[-1])):
+            return None
+        if end is None:
+            end = self._tokens.before_last(text, start)
+        if habits.stop_follows and not self._tokens.at_start(text[end:]):
+            follower = self._follower(whole, len(chat.messages), text)
+            if follower is not None:
+                text += follower
+                return _Answer(text, _Span(start, len(text), follower))
+        return self._closed(text, start, end, habits)
 
-class _Row(NamedTuple):
-    messages: tuple[Message, ...]
-    tools: tuple[Any, ...] | None
-    origin: str
+    def _start(self, chat: Chat, text: str) -> int | None:
+        """Where the last answer of a text begins: where a plain one in its place would."""
+        last = len(chat.messages) - 1
+        plain = chat.with_last({"role": "assistant", "content": REPLY})
+        try:
+            found = self._template.contents(plain, [last])
+        except BadRow:
+            return None
+        if found is None:
+            return None
+        plain_text, contents = found
+        starts = self._starts(plain, plain_text, {last: contents[last][0]})
+        if starts is None:
+            return None
+        before = plain_text[: starts[last]]
+        return len(before) if text.startswith(before) else None
+
+    # -- where an answer ends ----------------------------------------------------------------
+
+    def _closed(self, text: str, start: int, end: int, habits: Habits) -> _Answer:
+        """Ends the last answer of a text in its stop token, which is added if it has none."""
+        tokens = self._tokens.at_start(text[end:])
+        stop = habits.stop
+        if stop not in tokens and tokens and not self._chosen:
+            stop = tokens[0]  # tool calls may end otherwise than plain answers
+        stop_end = self._tokens.end_of(stop, text, end, len(text))
+        if stop_end is not None:
+            return _Answer(text, _Span(start, stop_end, stop))
+        rest = text[end:]
+        if habits.stop is not None:
+            text = text + habits.stop if not rest.strip() else text[:end] + habits.stop + rest
+            end = len(text) if not rest.strip() else end + len(habits.stop)
+            return _Answer(text, _Span(start, end, habits.stop))
+        if self._eos is None or rest.strip():
+            return _Answer(text, _Span(start, end, None))
+        text = text[:end] + self._eos
+        return _Answer(text, _Span(start, len(text), self._eos), adds_stop=True)
+
+    def _follower(self, whole: Chat, end: int, text: str) -> str | None:
+        """The token that begins what follows the messages of a text."""
+        if end == len(whole.messages):
+            return None
+        longer = self._template.try_render(whole.up_to(end + 1))
+        if longer is None or not longer.startswith(text):
+            return None
+        return next(iter(self._tokens.at_start(longer[len(text) :])), None)
 
 
 @functools.lru_cache(maxsize=8)
-def _template(
+def _cached(
     tokenizer: PreTrainedTokenizerBase, source: str, stop_tokens: tuple, add_eos: bool, kwargs: str
 ) -> ChatTemplate:
     return ChatTemplate(
@@ -563,7 +408,7 @@ def chat_template(
     kwargs: str = "{}",
 ) -> ChatTemplate:
     """A tokenizer's ChatTemplate, made once; kwargs are JSON."""
-    return _template(tokenizer, str(tokenizer.chat_template), tuple(stop_tokens), add_eos, kwargs)
+    return _cached(tokenizer, str(tokenizer.chat_template), tuple(stop_tokens), add_eos, kwargs)
 
 
 def check_stop_tokens(
@@ -584,81 +429,45 @@ def check_stop_tokens(
     return tuple(stop_tokens)
 
 
-def _cut(text: str, spans: dict[int, _Span], messages: Sequence[Message]) -> Rendered:
+def _cut(chat: Chat, text: str, spans: Mapping[int, _Span], weights: Sequence[float]) -> Rendered:
     """A text in turns: each span with its message's weight, context between them."""
     turns: list[Turn] = []
     stops: list[str | None] = []
     place = 0
     for index in sorted(spans):
         start, end, stop = spans[index]
-        message = messages[index]
-        is_answer = message.weight > 0 and message.fields["role"] == "assistant"
-        turns += [Turn(text[place:start], 0.0), Turn(text[start:end], message.weight)]
-        stops += [None, (stop or "") if is_answer else None]
+        is_trained_answer = weights[index] > 0 and _is_answer(chat.messages[index])
+        turns += [Turn(text[place:start], 0.0), Turn(text[start:end], weights[index])]
+        stops += [None, (stop or "") if is_trained_answer else None]
         place = end
     if place < len(text):
         turns.append(Turn(text[place:], 0.0))
         stops.append(None)
-    reasons = any(messages[index].weight and _reasons(messages[index]) for index in spans)
+    reasons = any(weights[index] and messages_of.reasons(chat.messages[index]) for index in spans)
     return Rendered(tuple(turns), tuple(stops), reasons)
 
 
-def _stripped(message: Message) -> Message:
-    """White space at the ends of an answer is the template's to write."""
-    if message.fields["role"] != "assistant":
-        return message
-    return Message({**message.fields, "content": message.fields["content"].strip()}, message.weight)
+def _chat(conversation: Conversation, origin: str) -> Chat:
+    """The conversation's fields; white space at an answer's ends is the template's to write."""
+    messages = tuple(
+        {**message.fields, "content": message.fields["content"].strip()}
+        if _is_answer(message.fields)
+        else message.fields
+        for message in conversation.messages
+    )
+    return Chat(messages, conversation.tools, origin)
 
 
-def _unused(row: _Row) -> tuple[str, str]:
-    """Two characters that are nowhere in a row."""
-    used = set(repr([message.fields for message in row.messages]))
-    used |= set(itertools.chain.from_iterable(m.fields["content"] for m in row.messages))
-    free = (chr(code) for codes in _PRIVATE_USE for code in codes)
-    first, second = itertools.islice((mark for mark in free if mark not in used), 2)
-    return first, second
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant"
 
 
-def _num_spaces(text: str) -> int:
-    return len(text) - len(text.lstrip())
+def _is_more_than_text(message: Mapping[str, Any]) -> bool:
+    return messages_of.has_calls(message) or messages_of.reasons(message)
 
 
-def _has_calls(message: Message) -> bool:
-    return bool(message.fields.get("tool_calls"))
-
-
-def _field_reasoning(message: Message) -> str:
-    """Reasoning that stands in a field of its own."""
-    if message.fields["role"] != "assistant":
-        return ""
-    texts = (message.fields.get(name) for name in REASONING_FIELDS)
-    return next((text for text in texts if isinstance(text, str) and text.strip()), "")
-
-
-def _reasons(message: Message) -> bool:
-    is_answer = message.fields["role"] == "assistant"
-    return is_answer and bool(_field_reasoning(message) or _THINK_END in message.fields["content"])
-
-
-def _with_reasoning(message: Message) -> str:
-    """An answer with its reasoning in front, in the tags that most models use."""
-    reasoning, content = _field_reasoning(message), message.fields["content"]
-    return f"<think>\n{reasoning.strip()}\n{_THINK_END}\n\n{content}" if reasoning else content
-
-
-def _holds(text: str, message: Message) -> bool:
-    """Whether an answer's text, its reasoning and its calls are all in a rendering of it."""
-    reasoning, _, answer = message.fields["content"].rpartition(_THINK_END)
-    pieces = [answer, reasoning.removeprefix("<think>"), _field_reasoning(message)]
-    pieces += [_call_name(call) for call in message.fields.get("tool_calls") or ()]
-    return all(piece.strip() in text for piece in pieces)
-
-
-def _call_name(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return str(function.get("name", ""))
-
-
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+def _short(message: Mapping[str, Any]) -> str:
+    shown = repr(message["content"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    calls = ", ".join(messages_of.call_names(message))
+    return f"{shown} with calls of {calls}" if calls else shown
