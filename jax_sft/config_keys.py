@@ -158,8 +158,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "train": Key(
             None,
             "mixture",
-            "a file, a hub name or module:function; or a list of them, each alone or as "
-            "[source, how often an epoch sees its rows]",
+            "file, hub name, module:function; or several, with shares",
         ),
         "eval": Key(None, "sources", "likewise, held out, for eval/loss; or {name: source}"),
         "split": Key("train", "str", "of a hub dataset"),
@@ -167,9 +166,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "format": _choice(
             None, (None, "json", "jsonl", "csv", "parquet", "text"), "None: by the file's name"
         ),
-        "row_format": _choice(
-            None, (None, *ROW_FORMATS), "how rows hold their text; None: by their fields"
-        ),
+        "row_format": _choice(None, (None, *ROW_FORMATS), "None: by a row's fields"),
         "text_field": Key("text", "str", "a row's whole text, where there is no prompt"),
         "prompt_field": Key("prompt", "str", "a row's prompt, which is not trained"),
         "output_field": Key("output", "str", "a row's output, which is trained"),
@@ -352,10 +349,10 @@ _KINDS = {
     "floats": _Kind("two numbers in [0, 1)", _as_floats),
     "dict": _Kind("a dict", lambda value: _instance(value, dict)),
     "prompts": _Kind(
-        "a string, or a list of strings, of lists of messages or of dicts with 'prompt'",
+        "a string, or a list of strings, of conversations or of dicts",
         _as_prompts,
     ),
-    "mixture": _Kind("a string, or a list of strings or of [string, number above 0]", _as_mixture),
+    "mixture": _Kind("a string, or a list of strings or pairs [string, number]", _as_mixture),
     "sources": _Kind("a string, or a dict of strings", _as_sources),
 }
 

@@ -101,6 +101,9 @@ def test_attributes_are_set_as_in_trlx():
         ("data.stop_sequences", "Human:", ("Human:",)),
         ("train.profile_steps", [10, 12], (10, 12)),
         ("tokenizer.add_eos", "last", "last"),
+        ("data.train", ["a.jsonl", ["b.jsonl", 2]], ("a.jsonl", ("b.jsonl", 2.0))),
+        ("data.eval_prompts", [[{"role": "user"}]], (({"role": "user"},),)),
+        ("data.eval_prompts", [{"messages": []}], ({"messages": ()},)),
         ("data.eval_prompts", [{"prompt": "a", "label": 1}], ({"prompt": "a", "label": 1},)),
         ("model.peft_config", {"r": 8}, {"r": 8}),
         ("model.config", {"rope_scaling": {"factor": 2}}, {"rope_scaling": {"factor": 2}}),
@@ -133,7 +136,14 @@ def test_values_are_kept_in_the_keys_type(path, given, kept):
         ("train.profile_steps", (5, 5), "0 <= first < end"),
         ("train.profile_steps", 5, "two ints"),
         ("data.stop_sequences", ["a", ""], "a list of non-empty strings"),
-        ("data.eval_prompts", [{"text": "a"}], "dicts with 'prompt'"),
+        ("data.train", [], "a list of strings or pairs [string, number]"),
+        ("data.train", [["a.jsonl", 0]], "a list of strings or pairs [string, number]"),
+        ("data.train", [["a.jsonl"]], "a list of strings or pairs [string, number]"),
+        ("data.train", {"a": 1}, "a string, or a list"),
+        ("data.eval", ["a.jsonl"], "a string, or a dict of strings"),
+        ("data.eval", {"easy": 1}, "a string, or a dict of strings"),
+        ("data.eval_prompts", [[1]], "of conversations"),
+        ("data.eval_prompts", [{"text": "a"}], "or of dicts"),
         ("optimizer.name", "adamw_8bit_bnb", "take adafactor"),
         ("model.config", "gpt2", "is 'gpt2'; expected a dict"),
     ],
@@ -333,6 +343,8 @@ def test_any_config_comes_back_from_its_json(part):
         ("data.stop_sequences=", ()),
         ("train.profile_steps=3,5", (3, 5)),
         ("data.eval_prompts=prompts.json", "prompts.json"),
+        ("data.train=a.jsonl,b.jsonl", "a.jsonl,b.jsonl"),
+        ("data.train=[['a.jsonl', 0.5], 'b.jsonl']", (("a.jsonl", 0.5), "b.jsonl")),
         ("data.eval_prompts=['a', 'b']", ("a", "b")),
         ("mesh.fsdp=-1", -1),
         ("optimizer.kwargs.lr=1e-5", 1e-5),
@@ -571,4 +583,4 @@ def test_alpaca_gpt2_is_trlxs_sft_alpaca_and_prompts_as_it_trains():
     row = {"instruction": instruction, "input": "", "output": "x"}
     fields = {"template": config.data.template, "output_field": config.data.output_field}
     (sample,) = read_samples([row], **fields)
-    assert config.data.eval_prompts[0] == sample.turns[0].text
+    assert config.data.eval_prompts[0] == sample.content[0].text
