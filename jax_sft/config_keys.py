@@ -158,7 +158,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "train": Key(
             None,
             "mixture",
-            "file, hub name, module:function; or several, with shares",
+            "a file, hub name, module:function; or several",
         ),
         "eval": Key(None, "sources", "likewise, held out, for eval/loss; or {name: source}"),
         "split": Key("train", "str", "of a hub dataset"),
