@@ -120,7 +120,7 @@ def test_tokens_are_counted_from_the_start(ran):
 def test_the_folder_holds_what_a_run_leaves(ran):
     names = {path.name for path in ran.run_dir.iterdir()}
     assert names == {
-        "config.json", "data_report.json", "metrics.jsonl", "samples", "checkpoints", "hf_model",
+        "config.json", "data_report.json", "data_report.html", "metrics.jsonl", "samples", "checkpoints", "hf_model",
         "best", "tokenizer",
     }  # fmt: skip
     assert complete_steps(ran.run_dir / "checkpoints") == [3, 5]
