@@ -291,8 +291,10 @@ class ChatTemplate:
         """Renders a chat up to an answer, and finds the answer at its end."""
         chat = whole.up_to(index + 1)
         message = chat.messages[-1]
-        text = self._template.render(chat)
-        found = self._found(whole, chat, text)
+        plain = None if _is_more_than_text(message) else self._plain(chat)
+        if plain is not None:
+            return self._ended(whole, chat, *plain)
+        found = self._found(whole, chat, self._template.render(chat))
         if found is not None:
             return found
         if messages_of.reasons(message):
@@ -305,6 +307,17 @@ class ChatTemplate:
                 reason="answer_not_located",
             )
         return found._replace(is_unrendered=True)
+
+    def _plain(self, chat: Chat) -> tuple[str, int, int] | None:
+        """A chat's text, and where its last answer begins and its content ends in it."""
+        last = len(chat.messages) - 1
+        found = self._template.contents(chat, [last])
+        if found is None:
+            return None
+        text, contents = found
+        start, end = contents[last]
+        starts = self._starts(chat, text, {last: start})
+        return None if starts is None else (text, starts[last], end)
 
     def _with_reasoning(self, whole: Chat, chat: Chat) -> _Answer | None:
         """Puts in the reasoning that a template drops: in the content, or in the text."""
@@ -327,7 +340,6 @@ class ChatTemplate:
 
     def _found(self, whole: Chat, chat: Chat, text: str) -> _Answer | None:
         """The answer at the end of a text, None where parts of it are not there."""
-        habits = self._habits(chat)
         is_kept, end = self._template.keeps_last(chat, text)
         start = self._start(chat, text) if is_kept else None
         if start is None:
@@ -336,29 +348,18 @@ class ChatTemplate:
             return None
         if end is None:
             end = self._tokens.before_last(text, start)
-        if habits.stop_follows and not self._tokens.at_start(text[end:]):
-            follower = self._follower(whole, len(chat.messages), text)
-            if follower is not None:
-                text += follower
-                return _Answer(text, _Span(start, len(text), follower))
-        return self._closed(text, start, end, habits)
+        return self._ended(whole, chat, text, start, end)
 
     def _start(self, chat: Chat, text: str) -> int | None:
         """Where the last answer of a text begins: where a plain one in its place would."""
-        last = len(chat.messages) - 1
-        plain = chat.with_last({"role": "assistant", "content": REPLY})
         try:
-            found = self._template.contents(plain, [last])
+            plain = self._plain(chat.with_last({"role": "assistant", "content": REPLY}))
         except BadRow:
             return None
-        if found is None:
+        if plain is None:
             return None
-        plain_text, contents = found
-        starts = self._starts(plain, plain_text, {last: contents[last][0]})
-        if starts is None:
-            return None
-        before = plain_text[: starts[last]]
-        return len(before) if text.startswith(before) else None
+        plain_text, start, _ = plain
+        return start if text.startswith(plain_text[:start]) else None
 
     # -- where an answer ends ----------------------------------------------------------------
 
@@ -380,6 +381,16 @@ class ChatTemplate:
             return _Answer(text, _Span(start, end, None))
         text = text[:end] + self._eos
         return _Answer(text, _Span(start, len(text), self._eos), adds_stop=True)
+
+    def _ended(self, whole: Chat, chat: Chat, text: str, start: int, end: int) -> _Answer:
+        """Ends the last answer of a text, if need be in the token that follows it."""
+        habits = self._habits(chat)
+        if habits.stop_follows and not self._tokens.at_start(text[end:]):
+            follower = self._follower(whole, len(chat.messages), text)
+            if follower is not None:
+                text += follower
+                return _Answer(text, _Span(start, len(text), follower))
+        return self._closed(text, start, end, habits)
 
     def _follower(self, whole: Chat, end: int, text: str) -> str | None:
         """The token that begins what follows the messages of a text."""
