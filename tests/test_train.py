@@ -87,6 +87,7 @@ def test_logged_names_are_these(ran):
         "tokens_per_second",
         "trained_tokens_per_second",
         "step_seconds",
+        "data_wait_share",
     }
     swept = [f"@max_new_tokens={number}@top_k=1" for number in (2, 3)]
     names = [
@@ -120,8 +121,8 @@ def test_tokens_are_counted_from_the_start(ran):
 def test_the_folder_holds_what_a_run_leaves(ran):
     names = {path.name for path in ran.run_dir.iterdir()}
     assert names == {
-        "config.json", "data_report.json", "data_report.html", "metrics.jsonl", "samples", "checkpoints", "hf_model",
-        "best", "tokenizer",
+        "config.json", "data_report.json", "data_report.html", "metrics.jsonl", "samples",
+        "checkpoints", "hf_model", "best", "tokenizer",
     }  # fmt: skip
     assert complete_steps(ran.run_dir / "checkpoints") == [3, 5]
     written = json.loads((ran.run_dir / "config.json").read_text())
