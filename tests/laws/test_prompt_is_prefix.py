@@ -1,12 +1,21 @@
 """Law 8: an eval prompt's ids are the exact prefix that training masked."""
 
+import numpy as np
 import pytest
+from chat_templates import FAMILIES, tokenizer_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import ALL
 
 from jax_sft.data.samples import read_samples
-from jax_sft.data.tokenization import prompt_ids, tokenize_samples
+from jax_sft.data.tokenization import (
+    Encoding,
+    encode_prompt,
+    prompt_ids,
+    tokenize_rows,
+    tokenize_samples,
+)
+from jax_sft.data.types import Conversation, Message
 
 # Letters that merge in the small tokenizers, white space, the special tokens' own text,
 # characters of several bytes, and one that combines with the letter before it.
@@ -38,7 +47,7 @@ def test_every_answer_is_trained_behind_the_ids_of_its_eval_prompt(
     tokenizer = build()
     options = {"add_bos": add_bos, "add_eos": add_eos}
     samples = read_samples([dialogue])
-    examples, counts = tokenize_samples(samples, tokenizer, seq_length=10_000, **options)
+    examples, counts = tokenize_samples(samples, tokenizer, Encoding(10_000, **options))
     if not len(examples):  # one token in all, with nothing before it to predict it from
         assert counts.dropped == {"no_trained_token": 1}
         return
@@ -80,10 +89,45 @@ def test_an_answer_changes_nothing_before_it(build):
     tokenizer = build()
     for prompt in ("hel", "the ", "one\n", "é", " "):
         for output in ("lo", " world", "\n\n", "\u0301", "🙂"):
-            [whole] = tokenize_samples(read_samples([[prompt, output]]), tokenizer, seq_length=99)[
-                0
-            ]
+            samples = read_samples([[prompt, output]])
+            [whole] = tokenize_samples(samples, tokenizer, Encoding(99))[0]
             prefix = prompt_ids(prompt, tokenizer)
             assert whole.ids[: len(prefix)] == prefix
             assert not whole.weights_T[: len(prefix) - 1].any()
             assert whole.weights_T[len(prefix) - 1 :].all()
+
+
+THOUGHTS = st.sampled_from(["", "", "<think>\nthe\n</think>\n\n"])
+NOT_BLANK = OUTPUTS.filter(str.strip)
+EXCHANGES = st.lists(
+    st.tuples(NOT_BLANK, THOUGHTS, NOT_BLANK, st.sampled_from([0.0, 0.5, 1.0])),
+    min_size=1,
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("build", ALL)
+@given(exchanges=EXCHANGES)
+@example(exchanges=[("lo", "", "hello", 1.0), ("he", "<think>\nr\n</think>\n\n", "lo", 1.0)])
+@settings(deadline=None, max_examples=15)
+def test_every_answer_of_a_chat_is_trained_behind_the_ids_of_its_eval_prompt(
+    build, name, exchanges
+):
+    tokenizer, encoding = tokenizer_of(name, build), Encoding(10_000)
+    messages, prompts = [], []
+    for asked, thought, answer, weight in exchanges:
+        messages.append(Message({"role": "user", "content": asked}, 0.0))
+        if weight:
+            prompts.append(Conversation(tuple(messages)))
+        messages.append(Message({"role": "assistant", "content": thought + answer}, weight))
+    part = tokenize_rows(
+        [Conversation(tuple(messages))], ["row 1"], lambda row, origin: row, tokenizer, encoding
+    )
+    begun = []  # the ids in front of each trained answer, over all sequences of the row
+    for one in part.examples if len(part.lengths) else ():
+        trained = np.concatenate([[False], one.weights_T > 0])
+        starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
+        begun += [one.ids[:start] for start in starts]
+    expected = [encode_prompt(prompt, tokenizer, encoding)[0] for prompt in prompts]
+    assert sorted(begun) == sorted(expected)
