@@ -319,3 +319,93 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_asked_for(tmp_path, monkeypa
     monkeypatch.setattr("builtins.input", lambda _: "y")
     with pytest.raises(ValueError, match="no tokenizer could be loaded"):
         load_tokenizer(tmp_path)
+
+
+# Rows that are token ids, and conversations
+
+
+def test_token_rows_are_trained_as_labels_and_masks_say():
+    ids = [5, 6, 7, 8, EOS]
+    labelled = {"input_ids": ids, "labels": [-100, -100, 7, 9, EOS]}
+    example = only([labelled])
+    assert example.inputs_T.tolist() == [5, 6, 7, 8]
+    assert example.targets_T[1:].tolist() == [7, 9, EOS], "a label may differ from the id"
+    assert example.weights_T.tolist() == [0, 1, 1, 1]
+    masked = only([{"input_ids": ids, "completion_mask": [0, 0, 1, 1, 1]}])
+    assert masked.targets_T.tolist() == ids[1:] and masked.weights_T.tolist() == [0, 1, 1, 1]
+    assert only([{"input_ids": ids}]).weights_T.tolist() == [1, 1, 1, 1]
+    weighted = only([{"input_ids": ids, "loss_weights": [0.0, 0.0, 0.5, 1.0, 2.0]}])
+    assert weighted.weights_T.tolist() == [0, 0.5, 1, 2]
+
+
+def test_token_rows_that_were_masked_are_looked_at_for_their_stop_token():
+    stopped = {"input_ids": [5, 6, EOS, 5, 7, EOS], "completion_mask": [0, 1, 1, 0, 1, 1]}
+    cut = {"input_ids": [5, 6, EOS, 5, 7, 8], "completion_mask": [0, 1, 1, 0, 1, 1]}
+    counts = tokenize([stopped, cut])[1]
+    assert (counts.untruncated_answers, counts.answers_without_stop) == (4, 1)
+    assert counts.stop_tokens == {"<|endoftext|>": 3}
+    assert tokenize([cut], add_eos=False)[1].untruncated_answers == 0
+    assert tokenize([{"input_ids": [5, 6, 7]}])[1].untruncated_answers == 0
+    other = tokenize([cut], stop_tokens=("\x08",))[1]
+    assert (other.answers_without_stop, other.stop_tokens) == (0, {"<|endoftext|>": 1, "\x08": 1})
+
+
+TURNS = "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}"
+
+
+def chats(template, *, num_turns=2, **options):
+    tokenizer = AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
+    tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    return tokenize([messages * num_turns], tokenizer, **options), tokenizer
+
+
+def test_a_conversation_without_stop_tokens_becomes_an_example_an_answer():
+    (examples, counts), _ = chats(TURNS)
+    assert [example.text() for example in examples] == [
+        "uQaA<|endoftext|>",
+        "uQaAuQaA<|endoftext|>",
+    ]
+    assert [trained_ids(example) for example in examples] == [[65, EOS]] * 2
+    assert (counts.rows_read, counts.kept, counts.unrolled, counts.added_stops) == (1, 1, 1, 2)
+    assert counts.stop_tokens == {"<|endoftext|>": 2} and counts.answers_without_stop == 0
+    assert {example.origin for example in examples} == {"samples[0]"}
+
+
+def test_answers_that_are_dropped_from_a_row_that_is_kept_are_counted():
+    (examples, counts), _ = chats(TURNS, seq_length=6, over_length="drop")
+    assert len(examples) == 1 and (counts.kept, counts.partly_dropped) == (1, 1)
+    (examples, counts), _ = chats(TURNS, seq_length=3, over_length="drop")
+    assert not len(examples) and counts.dropped == {"over_length": 1} and not counts.kept
+
+
+def test_a_conversation_gets_the_special_tokens_of_its_template_alone():
+    template = TURNS.replace("{% for", "{{ bos_token }}{% for", 1).replace(
+        "{{ m.role[0] + m.content }}",
+        "{{ m.role[0] + m.content }}{% if m.role != 'user' %}{{ eos_token }}{% endif %}",
+    )
+    (examples, _), tokenizer = chats(template)
+    tokenizer.bos_token = tokenizer.eos_token
+    [example] = examples
+    assert example.text() == "uQaA<|endoftext|>uQaA<|endoftext|>"
+    again = tokenize(
+        [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]],
+        tokenizer,
+        add_bos=True,
+    )[0]
+    assert again[0].text() == "<|endoftext|>uQaA<|endoftext|>", "once, and by the template"
+
+
+def test_without_a_chat_template_conversations_are_refused():
+    with pytest.raises(ValueError, match="the tokenizer has no chat template: set tokenizer.chat_"):
+        chats(None)
+
+
+def test_a_template_that_fails_is_a_bad_row():
+    template = "{{ raise_exception('Roles must alternate') }}"
+    with pytest.raises(
+        ValueError, match=r"samples\[0\]: the chat template fails on it \(Roles must"
+    ):
+        chats(template)
+    (examples, counts), _ = chats(template, on_bad_row="skip")
+    assert not len(examples) and counts.dropped == {"template_error": 1}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from jax_sft.data.chat import ChatTemplate, chat_template, check_stop_tokens
-from jax_sft.data.encoding import decode_continuations, encode_dialogues, own_bos_ids
+from jax_sft.data.encoding import decode_continuations, encode, encode_dialogues, own_bos_ids
 from jax_sft.data.types import (
     BadRow,
     Content,
@@ -253,6 +253,7 @@ class _Block:
         self._text: list[_Sequence] = []
         self._chat: list[_Sequence] = []
         self._ids: dict[int, list[_Ids]] = {}
+        self._stop_ids: dict[str, int] = {}
 
     def read(self, row: int, content: Content, origin: str) -> None:
         """Takes in a row; a BadRow leaves no trace of it."""
@@ -333,7 +334,7 @@ class _Block:
         tokens = [*chosen, *([self._tokenizer.eos_token] if self._tokenizer.eos_token else [])]
         if self._tokenizer.chat_template:
             tokens += _chat_template(self._tokenizer, self._encoding).stops
-        return {token_id(token, self._tokenizer): token for token in tokens}
+        return {self._stop_id(token): token for token in tokens}
 
     def _fit(self, sequence: _Ids, row: int) -> _Fitted:
         encoding = self._encoding
@@ -362,9 +363,14 @@ class _Block:
             if one.parts and one.fate != "truncated" and sequence.stops:
                 self._count_stops(sequence, one)
 
+    def _stop_id(self, token: str) -> int:
+        if token not in self._stop_ids:
+            self._stop_ids[token] = token_id(token, self._tokenizer)
+        return self._stop_ids[token]
+
     def _count_stops(self, sequence: _Ids, fitted: _Fitted) -> None:
         expected = [stop for stop in sequence.stops if stop]
-        ids = [token_id(stop, self._tokenizer) for stop in set(expected)]
+        ids = [self._stop_id(stop) for stop in set(expected)]
         num_stops = sum(
             int(np.count_nonzero(np.isin(targets, ids) & (weights > 0)))
             for _, targets, weights in fitted.parts
@@ -386,8 +392,9 @@ class _Fitted(NamedTuple):
 
 
 def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a token that the tokenizer knows by its text."""
-    return int(tokenizer.convert_tokens_to_ids(token))
+    """The id of a token by its text, as the tokenizer reads it."""
+    [ids] = encode([token], tokenizer)
+    return ids[0] if len(ids) == 1 else int(tokenizer.convert_tokens_to_ids(token))
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> ChatTemplate:
