@@ -1,10 +1,12 @@
 """What every test runs under: eight CPU devices, no network, no silent rank promotion.
 
-The variables must stand before jax is imported, which pytest does only after this file; child
-processes inherit them. Warnings are errors by pyproject.toml.
+What is cached in the user's home goes to a folder of the session instead. The variables must
+stand before jax is imported, which pytest does only after this file; child processes inherit
+them. Warnings are errors by pyproject.toml.
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +19,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # threads than devices, which is what it takes on a small machine, they wait for each other.
 os.environ.setdefault("NPROC", "32")
 
+_CACHE = tempfile.TemporaryDirectory(prefix="jax_sft_tests_")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
 import pytest  # noqa: E402
+
+
+def pytest_unconfigure():
+    _CACHE.cleanup()
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,13 @@ import pytest
 from jax_sft.data.types import (
     Counts,
     Example,
+    Examples,
+    Origins,
     Samples,
     Turn,
     examples_from_parts,
     join_examples,
+    join_origins,
 )
 
 
@@ -47,6 +50,33 @@ def test_a_slice_of_examples_is_examples(index):
     assert contents(part) == contents(list(examples)[index])
     assert len(part.inputs) == part.lengths_N.sum()
     assert part.offsets[0] == 0 and part.inputs.dtype == np.int32
+
+
+@pytest.mark.parametrize("index", [slice(1, 3), slice(2, 1), slice(-2, None), slice(None, None, 2)])
+def test_names_that_are_made_when_asked_for_go_with_their_examples(index):
+    listed = make_examples([3, 1, 2, 4])
+    origins = Origins(np.array([0, 0, 7, 9]), "line {}".format)
+    examples = Examples(
+        listed.inputs, listed.targets, listed.weights, listed.offsets, origins=origins
+    )
+    names = ["line 0", "line 0", "line 7", "line 9"]
+    assert [example.origin for example in examples[index]] == names[index]
+    assert isinstance(examples[index].origins, Origins)
+    assert examples[-1].origin == "line 9"
+
+
+def test_names_of_several_sources_are_joined():
+    parts = [
+        Origins(np.array([1, 3]), "a {}".format),
+        Origins(np.array([], np.int64), "b {}".format),
+        Origins(np.array([0, 0, 2]), "c {}".format),
+    ]
+    expected = ["a 1", "a 3", "c 0", "c 0", "c 2"]
+    joined = join_origins(parts)
+    assert list(joined) == expected and isinstance(joined, Origins)
+    assert list(join_origins([joined, parts[0]])) == [*expected, "a 1", "a 3"]
+    assert list(join_origins([joined, ["row 5"]])) == [*expected, "row 5"]
+    assert list(join_origins([])) == []
 
 
 def test_joined_blocks_are_one():

@@ -8,6 +8,7 @@ Python objects. Counts says what became of every row that was read.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,6 +187,55 @@ class Example:
         return self.tokenizer.decode(self.ids, skip_special_tokens=False)
 
 
+class Origins(Sequence[str]):
+    """Names of examples, each made when it is asked for, as there may be millions.
+
+    Args:
+        rows_N: int64, the row that each example came from.
+        name: a row's index to its name.
+    """
+
+    def __init__(self, rows_N: np.ndarray, name: Callable[[int], str]) -> None:
+        self.rows_N, self.name = rows_N, name
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __getitem__(self, index: int | slice) -> str | Origins:
+        if isinstance(index, slice):
+            return Origins(self.rows_N[index], self.name)
+        return self.name(int(self.rows_N[index]))
+
+    def take(self, indices_N: np.ndarray) -> Origins:
+        """The names of the examples of these indices."""
+        return Origins(self.rows_N[indices_N], self.name)
+
+
+@dataclass(frozen=True)
+class _JoinedNames:
+    """Names of the rows of several sources, counted through: source k's begin at starts[k]."""
+
+    names: tuple[Callable[[int], str], ...]
+    starts: tuple[int, ...]
+
+    def __call__(self, index: int) -> str:
+        source = bisect.bisect_right(self.starts, index) - 1
+        return self.names[source](index - self.starts[source])
+
+
+def join_origins(parts: Sequence[Sequence[str]]) -> Sequence[str]:
+    """The names of several Examples that are laid end to end."""
+    if not all(isinstance(part, Origins) for part in parts):
+        return [origin for part in parts for origin in part]
+    num_rows = [int(part.rows_N.max(initial=-1)) + 1 for part in parts]
+    starts = np.cumsum([0, *num_rows])[: len(parts)]
+    rows = [part.rows_N + start for part, start in zip(parts, starts, strict=True)]
+    names = tuple(part.name for part in parts)
+    return Origins(
+        np.concatenate([np.zeros(0, np.int64), *rows]), _JoinedNames(names, tuple(starts.tolist()))
+    )
+
+
 class Examples(Sequence[Example]):
     """Examples end to end in flat arrays; a slice is an Examples on the same memory.
 
@@ -234,7 +284,7 @@ class Examples(Sequence[Example]):
     def _slice(self, indices: range) -> Examples:
         if indices.step != 1:
             return self.take(np.array(indices, np.int64))
-        origins = None if self.origins is None else [self.origins[i] for i in indices]
+        origins = None if self.origins is None else self.origins[indices.start : indices.stop]
         offsets = self.offsets[indices.start : max(indices.start, indices.stop) + 1]
         span = slice(offsets[0], offsets[-1])
         flat = self.inputs[span], self.targets[span], self.weights[span]
@@ -246,7 +296,11 @@ class Examples(Sequence[Example]):
         offsets = np.cumsum([0, *lengths_N], dtype=np.int64)
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths_N)
         source = np.repeat(self.offsets[indices_N], lengths_N) + within
-        origins = None if self.origins is None else [self.origins[i] for i in indices_N]
+        origins = self.origins
+        if isinstance(origins, Origins):
+            origins = origins.take(indices_N)
+        elif origins is not None:
+            origins = [origins[i] for i in indices_N]
         flat = self.inputs[source], self.targets[source], self.weights[source]
         return Examples(*flat, offsets, tokenizer=self.tokenizer, origins=origins)
 
