@@ -1,6 +1,7 @@
 """Whatever users hand in is read, or named in one line that says what is wrong with it."""
 
 import gzip
+import hashlib
 import json
 import re
 
@@ -166,7 +167,7 @@ def test_a_template_makes_texts_and_prompts_only():
         ([], "samples is empty; there must be at least one sample"),
         ("text", "samples is a single str; pass a list of them: ['text']"),
         ({"text": ["a"]}, "samples is a single dict; pass a list"),
-        ((text for text in "ab"), "samples is a generator, which cannot be indexed; pass list("),
+        ((text for text in "ab"), "samples is a generator, which cannot be indexed; make it a"),
         ([3, 4.5], "samples[0] is 3 (int); each sample must be a str, a list of [prompt"),
         ([None, None], "samples[0] is None; each sample must be"),
         ([{"a": 1}], "samples[0] has the fields ['a'], but neither 'messages', nor 'prompt' with"),
@@ -358,6 +359,8 @@ def test_files_of_every_format(tmp_path, name):
     origins = [sample.origin for sample in samples]
     if "jsonl" in name:
         assert origins == [f"{name} line 1", f"{name} line 3"]
+    elif name == "a.csv":
+        assert origins == ["a.csv line 2", "a.csv line 3"]
     else:
         assert origins == [f"{name} row 0", f"{name} row 1"]
 
@@ -393,7 +396,16 @@ def test_files_of_texts_and_lists(tmp_path):
         ("l.txt", ["", " "], "l.txt is empty"),
         ("m.json", ["[]"], "m.json is empty"),
         ("n.jsonl", ['{"text": "a"}{"text": "b"}'], "n.jsonl line 1: malformed JSON (Extra data"),
-        ("o.jsonl", ['{"text": "\\ud83d"}'], "o.jsonl line 1: a text holds half"),
+        ("t.csv", ["prompt;output", "a;b"], "t.csv: its columns seem to be separated by ';'"),
+        ("u.csv", ["text,label", '"a,1', "b,2"], "u.csv line 2: 1 cells, but 2 columns"),
+        ("v.json", ['[{"text": "a"},', "]"], "v.json line 1: malformed JSON (Comma behind"),
+        ("w.jsonl", ['{"text": ' + "[" * 9999], "w.jsonl line 1: values nested too deep"),
+        ("x.jsonl", ['{"text": "a", "n": ' + "9" * 5000 + "}"], "x.jsonl line 1: a number of"),
+        (
+            "y.json",
+            ["[", *['{"text": "a"},'] * 200, '{"text": "a", "text": "b"}]'],
+            "y.json line 202: an object has the key 'text' twice",
+        ),
         ("p.json", ['["a",', '"b"', '"c"]'], "p.json line 3: malformed JSON (Expecting ','"),
         ("q.json", ['["a"] 3'], "q.json line 1: malformed JSON (Extra data"),
         ("r.json", ['["a",'], "r.json line 2: malformed JSON"),
@@ -408,7 +420,11 @@ def test_a_malformed_file_names_the_file_and_the_line(tmp_path, name, lines, pro
 def test_bad_rows_of_files_are_named(tmp_path):
     for name, lines, problem in [
         ("e.jsonl", ['{"text": "a"}', "", '{"text": ""}'], "e.jsonl line 3 field 'text' is empty"),
-        ("f.csv", ["text", "NA", '""'], "f.csv row 1 field 'text' is empty"),
+        ("f.csv", ["text", "NA", "", " ", '""'], "f.csv line 5 field 'text' is empty"),
+        ("g.jsonl", ['{"text": "a"}', '["b"]'], "g.jsonl line 2 is a dialogue, but the samples"),
+        ("h.jsonl", ['{"text": "a"}', "7"], "h.jsonl line 2 is 7 (int); each sample must be"),
+        ("i.jsonl", ['{"text": "\\ud83d"}'], "i.jsonl line 1 field 'text' holds half of a surr"),
+        ("j.json", ['[{"text": "a"}, ["b"]]'], "j.json row 1 is a dialogue, but the samples"),
     ]:
         samples = load_samples(write(tmp_path / name, *lines))
         with pytest.raises(BadRow) as caught:
@@ -429,6 +445,46 @@ def test_bytes_that_are_no_utf8_are_named_by_their_line(tmp_path, name):
     line = 3 if name == "a.json" else 2
     message = error_of(load_samples, str(tmp_path / name))
     assert f"{name} line {line}: not UTF-8 text (invalid start byte); convert" in message
+
+
+def test_gzip_data_that_is_taken_for_text(tmp_path):
+    twice = gzip.compress(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "a.jsonl.gz").write_bytes(twice)
+    assert "unpack it, once more" in error_of(load_samples, str(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_gzip_table_that_is_cut_behind_its_first_rows(tmp_path):
+    rows = "".join(
+        json.dumps({"text": hashlib.sha256(bytes([i])).hexdigest()}) + "\n" for i in range(256)
+    )
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode() * 9, 1)[:-30])
+    assert "a.jsonl.gz: no whole gzip file" in error_of(load_samples, str(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_file_without_rights_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "text")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    problem = "a.txt: it cannot be opened (Permission denied); see to its rights"
+    assert problem in error_of(load_samples, path)
+
+
+def test_a_csv_column_without_a_name_is_read(tmp_path):
+    """pandas writes its index so."""
+    path = write(tmp_path / "a.csv", ",text", "0,a", "1,b")
+    assert texts(load_samples(path)) == [["a"], ["b"]]
+
+
+def test_a_gigantic_text_is_refused(monkeypatch):
+    monkeypatch.setattr("jax_sft.data.row_checks.MOST_CHARACTERS", 9)
+    with pytest.raises(
+        BadRow, match=r"samples\[1\] has 10 characters; a text may have 9"
+    ) as caught:
+        list(read_samples(["a" * 9, "a" * 10]))
+    assert caught.value.reason == "gigantic_text"
 
 
 def test_gzip_files_that_are_cut_or_none(tmp_path):
@@ -481,7 +537,7 @@ def test_cells_of_a_csv_file_are_texts_and_filters_see_numbers(tmp_path):
             assert "keeps none of 3" in error_of(load_samples, path, filter=filter)
             continue
         assert [text for [text] in texts(load_samples(path, filter=filter))] == kept, filter
-    assert "fails on a.csv row 2 ('NA' is no number)" in error_of(
+    assert "fails on a.csv line 4 ('NA' is no number)" in error_of(
         load_samples, path, filter="score > 0"
     )
 

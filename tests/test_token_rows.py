@@ -78,7 +78,9 @@ def test_weights_masks_and_labels_multiply():
         ),
         ({"input_ids": [1, 2], "labels": 1}, "row 3 labels is 1 (int)", "wrong_type"),
         ({"input_ids": [1, 2], "labels": [1, -1]}, "row 3 labels has -1", "wrong_type"),
-        ({"input_ids": [1, 2], "labels": [1.0, 2]}, "row 3 labels has 1.0", "wrong_type"),
+        ({"input_ids": [1, 2], "labels": [1.5, 2]}, "row 3 labels has 1.5", "wrong_type"),
+        ({"input_ids": [1, 2.0**70]}, "has 1.1805916207174113e+21; token ids are", "wrong_type"),
+        ({"input_ids": [1, -100]}, "row 3 input_ids has -100; token ids are from 0", "wrong_type"),
         ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "is [1, 2] (list); a mask is", "wrong_type"),
         ({"input_ids": [1, 2], "loss_weights": [1, -2]}, "weights are numbers fro", "wrong_type"),
         ({"input_ids": [1, 2], "loss_weights": [1, np.nan]}, "weights are numbers", "wrong_type"),
@@ -132,3 +134,9 @@ def test_token_rows_are_those_of_the_obvious_reference(data):
         mask, weight = row.get("completion_mask", [1] * n)[t], row.get("loss_weights", [1] * n)[t]
         weights.append(0 if label == -100 else mask * weight)
     assert read(**row) == [row["input_ids"], targets, weights, len(row) > 1]
+
+
+def test_whole_floats_are_ids():
+    """Arrow makes every row's ids floats where one row has a float: only that row is wrong."""
+    row = read_token_row({"input_ids": [5.0, 6.0, 7.0], "labels": [-100.0, 6.0, 7.0]}, "row 3")
+    assert row.ids_T.tolist() == [5, 6, 7] and row.weights_T.tolist() == [0, 1, 1]

@@ -10,14 +10,23 @@ from typing import Any
 
 from jax_sft.data.types import BadRow
 
+# Longer texts are files that lost their line ends: tokenizers take gigabytes for them.
+MOST_CHARACTERS = 5_000_000
+
 
 def as_text(value: Any, where: str) -> str:
-    """The value, if it is a str that UTF-8 can hold."""
+    """The value, if it is a str that UTF-8 can hold, and of no more than MOST_CHARACTERS."""
     if value is None:
         raise BadRow(f"{where} is None; pass a str", reason="missing_field")
     if not isinstance(value, str):
         remedy = "decode it to a str" if isinstance(value, bytes) else "pass a str"
         raise BadRow(f"{where} is {what(value)}; {remedy}", reason="wrong_type")
+    if len(value) > MOST_CHARACTERS:
+        raise BadRow(
+            f"{where} has {len(value):,} characters; a text may have {MOST_CHARACTERS:,}: split it "
+            "into rows",
+            reason="gigantic_text",
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -123,13 +123,13 @@ class RowReader:
             text = fill_template(self.template, row, origin)
             return (Turn(as_filled(text, origin, reason="empty_text"), 1.0),)
         self._check_fields(row, origin, (self.text_field,))
-        where = f"{origin} field {self.text_field!r}"
+        where = _field(origin, self.text_field)
         return (Turn(as_filled(row[self.text_field], where, reason="empty_text"), 1.0),)
 
     def _dialogue(self, row: Any, origin: str) -> Content:
         if isinstance(row, Mapping):
             self._check_fields(row, origin, (self.text_field,))
-            row, origin = row[self.text_field], f"{origin} field {self.text_field!r}"
+            row, origin = row[self.text_field], _field(origin, self.text_field)
         if not is_list(row) or is_messages(row):
             raise self._other(row, origin)
         return _turns(row, origin)
@@ -139,13 +139,15 @@ class RowReader:
         if self.template is not None:
             self._check_fields(row, origin, (output_field,))
             prompt = fill_template(self.template, row, origin)
-            return _turns([prompt, row[output_field]], origin)
+            return Turn(prompt, 0.0), _answer(row[output_field], _field(origin, output_field))
         self._check_fields(row, origin, (prompt_field, output_field))
         prompt, output = row[prompt_field], row[output_field]
         if is_messages(prompt) or is_messages(output):
             return self._prompted_conversation(prompt, output, row, origin)
-        earlier = list(prompt) if is_list(prompt) else [prompt]
-        return _turns([*earlier, output], origin)
+        if is_list(prompt):
+            return _turns([*prompt, output], origin)
+        asked = as_text(prompt, _field(origin, prompt_field))
+        return Turn(asked, 0.0), _answer(output, _field(origin, output_field))
 
     def _prompted_conversation(
         self, prompt: Any, output: Any, row: Mapping[str, Any], origin: str
@@ -295,6 +297,14 @@ def _present(row: Mapping[str, Any], field: str) -> bool:
     return field in row
 
 
+def _field(origin: str, field: str) -> str:
+    return f"{origin} field {field!r}"
+
+
+def _answer(text: Any, where: str) -> Turn:
+    return Turn(as_filled(text, where, reason="empty_answer"), 1.0)
+
+
 def _turns(texts: Sequence[Any], origin: str) -> tuple[Turn, ...]:
     """Checks [prompt, output, ...]; a prompt may be empty, an output may not."""
     if not len(texts) or len(texts) % 2:
@@ -307,7 +317,7 @@ def _turns(texts: Sequence[Any], origin: str) -> tuple[Turn, ...]:
     for index, text in enumerate(texts):
         where = f"{origin}[{index}]"
         if index % 2:
-            turns.append(Turn(as_filled(text, where, reason="empty_answer"), 1.0))
+            turns.append(_answer(text, where))
         else:
             turns.append(Turn(as_text(text, where), 0.0))
     return tuple(turns)

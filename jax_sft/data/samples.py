@@ -122,7 +122,7 @@ def load_samples(
         format=row_format,
     )
     if names_function(source):
-        values = as_sequence(load_function(source)())
+        values = as_sequence(load_function(source)(), what=f"what {source} returns")
         rows = Rows(source, values, RowNames(f"{source} sample "))
     else:
         rows = load_rows(source, split=split, format=format, num_proc=num_proc)
@@ -246,7 +246,7 @@ def as_sequence(samples: Any, *, what: str = "samples") -> Sequence[Any]:
         raise ValueError(f"{what} is a DataFrame; pass datasets.Dataset.from_pandas({what})")
     if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
         raise ValueError(
-            f"{what} is a {type(samples).__name__}, which cannot be indexed; pass list({what})"
+            f"{what} is a {type(samples).__name__}, which cannot be indexed; make it a list"
         )
     if _is_table(samples):
         return samples.with_format(None)

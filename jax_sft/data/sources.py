@@ -7,7 +7,9 @@ them on disk; a file that cannot be read is an error that names the file and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -194,7 +196,7 @@ def open_dataset(
 
     source = place.source
     options = {"streaming": True} if streaming else {"num_proc": num_proc if num_proc > 1 else None}
-    try:
+    with readable(place):
         if saved := _saved_dataset(place, split):
             table = load_from_disk(str(saved))
             return table.to_iterable_dataset() if streaming else table
@@ -204,6 +206,13 @@ def open_dataset(
             options |= _csv_options(columns)
         builder = _BUILDERS[place.kind]
         return load_dataset(builder, data_files=source, split="train", **options)
+
+
+@contextmanager
+def readable(place: Place) -> Iterator[None]:
+    """Makes what `datasets` raises while it reads a place one line that names it."""
+    try:
+        yield
     except _datasets_errors() as error:
         raise _unreadable(place, error) from error
 
@@ -227,6 +236,7 @@ def _csv_options(columns: Sequence[str] | None) -> dict[str, Any]:
     options: dict[str, Any] = {"keep_default_na": False}
     if columns is not None:
         options["features"] = Features({column: Value("string") for column in columns})
+        options |= {"names": list(columns), "header": 0}  # or a column without a name gets one
     return options
 
 
@@ -242,33 +252,40 @@ def _unreadable(place: Place, error: Exception) -> ValueError:
             f"{place.source}: neither a file nor a dataset that the hub gives ({cause}); pass a "
             "file instead"
         )
-    is_json_file = place.what == "file" and "json" in place.kind
-    fault = _json_fault(place.path, place.kind) if is_json_file else None
-    problem = fault or f"{place.source}: it cannot be read as {place.kind} ({cause})"
-    return ValueError(f"{problem}; correct the file, or set data.format")
+    remedy = "correct the file" if place.what == "file" else "download it and pass the file"
+    return ValueError(
+        f"{place.source}: it cannot be read as {place.kind} ({cause}); {remedy}, or set data.format"
+    )
 
 
 def _load_table(place: Place, *, num_proc: int) -> Rows:
     path, kind = place.path, place.kind
     if kind == "csv":
-        columns, num_rows = csv_columns(path)
-        table = open_dataset(place, num_proc=num_proc, columns=columns) if num_rows else []
-        return Rows(str(path), table, names_of(place), are_cells=True)
+        columns, lines = csv_columns(path)
+        table = open_dataset(place, num_proc=num_proc, columns=columns) if len(lines) else []
+        return Rows(str(path), table, _line_names(path, lines, table), are_cells=True)
     if kind == "parquet":
         return Rows(str(path), open_dataset(place, num_proc=num_proc), names_of(place))
+    are_lines = is_lines(path, kind)
     # Arrays are read by a parser that keeps the last of two equal keys without a word.
-    if fault := _json_fault(path, kind, most_rows=FIRST_ROWS):
-        raise ValueError(f"{fault}; correct the file, or set data.format")
-    table = open_dataset(place, num_proc=num_proc)
-    if not is_lines(path, kind):
+    for _ in islice(json_values(path, are_lines=are_lines), FIRST_ROWS if are_lines else None):
+        pass
+    try:
+        table = open_dataset(place, num_proc=num_proc)
+    except ValueError:  # not all are objects, or Arrow has no type for them: rows are named so
+        return _load_json_values(path, kind)
+    if not are_lines:
         return Rows(str(path), table, names_of(place))
-    numbers = filled_lines(path)
-    if len(numbers) != len(table):
+    return Rows(str(path), table, _line_names(path, filled_lines(path), table))
+
+
+def _line_names(path: Path, lines: np.ndarray, table: Sequence[Any]) -> RowNames:
+    if len(lines) != len(table):
         raise ValueError(
-            f"{path}: {len(table)} rows on {len(numbers)} lines; write each row on a line of its "
+            f"{path}: {len(table)} rows on {len(lines)} lines; write each row on a line of its "
             "own, and nothing to the file while it is read"
         )
-    return Rows(str(path), table, RowNames(f"{path.name} line ", numbers=numbers))
+    return RowNames(f"{path.name} line ", numbers=lines)
 
 
 def _load_lines(path: Path) -> Rows:
@@ -282,7 +299,7 @@ def _load_lines(path: Path) -> Rows:
 
 
 def _load_json_values(path: Path, kind: str) -> Rows:
-    """Strings or lists, as one JSON array or a value a line; read into memory."""
+    """Any values, as one JSON array or a value a line; read into memory."""
     are_lines = is_lines(path, kind)
     numbers, values = [], []
     for number, value in json_values(path, are_lines=are_lines) if head_of(path) else ():
@@ -303,30 +320,11 @@ def _holds_objects(path: Path, kind: str) -> bool:
     return head.removeprefix("" if is_lines(path, kind) else "[").lstrip().startswith("{")
 
 
-def _json_fault(path: Path, kind: str, *, most_rows: int | None = None) -> str | None:
-    """What is wrong with a JSON file or its first rows, and where; None if nothing is."""
-    try:
-        for line, value in islice(json_values(path, are_lines=is_lines(path, kind)), most_rows):
-            if broken_text(value):
-                return f"{path} line {line}: a text holds half of a surrogate pair"
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def broken_text(value: Any) -> bool:
-    """Whether a text in a JSON value holds half of a surrogate pair, which no UTF-8 can."""
-    if isinstance(value, str):
-        return any("\ud800" <= character <= "\udfff" for character in value)
-    if isinstance(value, dict):
-        return any(map(broken_text, (*value, *value.values())))
-    return isinstance(value, list) and any(map(broken_text, value))
-
-
 def _datasets_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
 
-    return DatasetsError, OSError, ValueError, RuntimeError, StopIteration
+    reading = OSError, EOFError, zlib.error, ValueError, RuntimeError, StopIteration
+    return DatasetsError, ImportError, *reading
 
 
 def _first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from jax_sft.data.sources import (
     is_lines,
     names_of,
     open_dataset,
+    readable,
 )
 from jax_sft.data.text_files import (
     check_unchanged,
@@ -178,14 +179,13 @@ def _open(source: str | Iterable[Any], *, split: str, format: str | None) -> _St
         function = load_function(source)
         return _StreamedRows(
             source,
-            lambda start: _counted(_iterable(function(), source), start),
+            lambda start: _counted(_iterable(function(), f"what {source} returns"), start),
             RowNames(f"{source} sample "),
         )
     place = find_source(source, format=format)
     if place.what == "file":
         return _open_file(place)
-    dataset = open_dataset(place, split=split, streaming=True)
-    return _StreamedRows(place.source, _passes(dataset), names_of(place))
+    return _StreamedRows(place.source, _dataset_passes(place, split=split), names_of(place))
 
 
 def _open_file(place: Place) -> _StreamedRows:
@@ -199,10 +199,11 @@ def _open_file(place: Place) -> _StreamedRows:
         passes = lambda start: _lines(path, start, is_json=place.kind != "text")  # noqa: E731
         name = RowNames(f"{path.name} line ", step=1)
     elif place.kind == "csv":
-        csv_columns(path)  # looks at every row
-        passes, name = (lambda start: _counted(csv_rows(path), start)), names_of(place)
+        _, lines = csv_columns(path)  # looks at every row
+        passes = lambda start: _counted(csv_rows(path), start)  # noqa: E731
+        name = RowNames(f"{path.name} line ", numbers=lines)
     else:
-        passes, name = _passes(open_dataset(place, streaming=True)), names_of(place)
+        passes, name = _dataset_passes(place), names_of(place)
 
     def rows_from(start: int) -> Iterator[tuple[int, Any]]:
         check_unchanged(path, state)
@@ -218,6 +219,17 @@ def _lines(path: Path, start: int, *, is_json: bool) -> Iterator[tuple[int, Any]
         for index, line in enumerate(file):
             if index >= start and line.strip():
                 yield index, json_value(line, path, index + 1) if is_json else line.rstrip("\n")
+
+
+def _dataset_passes(place: Place, *, split: str = "train") -> Callable[[int], Iterator[Any]]:
+    """Passes over what `datasets` reads; what it cannot read on is an error as at the start."""
+    passes = _passes(open_dataset(place, split=split, streaming=True))
+
+    def rows_from(start: int) -> Iterator[tuple[int, Any]]:
+        with readable(place):
+            yield from passes(start)
+
+    return rows_from
 
 
 def _passes(rows: Any) -> Callable[[int], Iterator[tuple[int, Any]]]:

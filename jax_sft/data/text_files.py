@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,27 +28,39 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 def open_text(path: Path, *, newline: str | None = None) -> Iterator[IO[str]]:
     """Opens a file as UTF-8 text; bytes that are none are an error that names their line."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+    try:
+        opened = opener(path, "rt", encoding="utf-8-sig", newline=newline)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: it cannot be opened ({error.strerror}); see to its rights, or pass a copy"
+        ) from error
+    with opened as file:
         try:
             yield file
         except UnicodeDecodeError as error:
-            line = _line_that_is_no_text(path)
+            line, begins = _line_that_is_no_text(path)
+            remedy = "convert the file to UTF-8"
+            if begins.startswith(b"\x1f\x8b"):
+                remedy = "it holds gzip data: unpack it, once more if it was unpacked"
             raise ValueError(
-                f"{path} line {line}: not UTF-8 text ({error.reason}); convert the file to UTF-8"
+                f"{path} line {line}: not UTF-8 text ({error.reason}); {remedy}"
             ) from error
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: no whole gzip file ({error}); make it again") from error
 
 
-def _line_that_is_no_text(path: Path) -> int:
+def _line_that_is_no_text(path: Path) -> tuple[int, bytes]:
+    """The number of the line, and what the file begins with."""
     opener = gzip.open if path.suffix == ".gz" else open
+    begins = b""
     with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            begins = begins or line[:2]
             try:
                 line.decode()
             except UnicodeDecodeError:
-                return number
-    return 1  # a character is cut where the file ends
+                return number, begins
+    return 1, begins  # a character is cut where the file ends
 
 
 def filled_lines(path: Path) -> np.ndarray:
@@ -69,24 +82,20 @@ def json_values(path: Path, *, are_lines: bool) -> Iterator[tuple[int, Any]]:
         ValueError: the file is no JSON, an object has a key twice, or a text is broken.
     """
     with open_text(path) as file:
-        try:
-            if are_lines:
-                yield from _values_of_lines(file, path)
-            else:
-                yield from _values_of_array(file.read(), path)
-        except RecursionError:
-            raise ValueError(f"{path}: values nested too deep; flatten them") from None
+        if are_lines:
+            yield from _values_of_lines(file, path)
+        else:
+            yield from _values_of_array(file.read(), path)
 
 
 def json_value(line: str, path: Path, number: int) -> Any:
     """The value that one line of a file holds; an error names the line by its number."""
     try:
-        value = json.loads(line, object_pairs_hook=_object)
+        return json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {number}: malformed JSON ({error.msg})") from error
-    except _DuplicateKey as error:
-        raise _duplicate(path, number, error.args[0]) from None
-    return value
+        raise _malformed(path, number, error.msg) from error
+    except (_DuplicateKey, RecursionError, ValueError) as error:
+        raise _unread(path, number, error) from error
 
 
 def _values_of_lines(lines: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
@@ -107,15 +116,17 @@ def _values_of_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             yield line, value
             at = _after_blanks(text, at)
             if text[at : at + 1] == ",":
-                at = _after_blanks(text, at + 1)
+                comma, at = at, _after_blanks(text, at + 1)
+                if text[at : at + 1] == "]":
+                    raise json.JSONDecodeError("Comma behind the last value", text, comma)
             elif text[at : at + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
         if _after_blanks(text, at + 1) != len(text):
             raise json.JSONDecodeError("Extra data", text, at + 1)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: malformed JSON ({error.msg})") from error
-    except _DuplicateKey as error:
-        raise _duplicate(path, line, error.args[0]) from None
+        raise _malformed(path, error.lineno, error.msg) from error
+    except (_DuplicateKey, RecursionError, ValueError) as error:
+        raise _unread(path, line, error) from error
 
 
 def _after_blanks(text: str, start: int) -> int:
@@ -134,15 +145,30 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _duplicate(path: Path, line: int, key: str) -> ValueError:
+def _malformed(path: Path, line: int, problem: str) -> ValueError:
     return ValueError(
-        f"{path} line {line}: an object has the key {key!r} twice, so that one value would be "
-        "lost; rename one"
+        f"{path} line {line}: malformed JSON ({problem}); correct it, write each value on a line "
+        "of its own, or set data.format"
     )
 
 
-def csv_columns(path: Path) -> tuple[list[str], int]:
-    """The columns of a CSV file, and how many rows follow; every row is looked at.
+def _unread(path: Path, line: int, error: Exception) -> ValueError:
+    """What is said of JSON that is well-formed, but not to be read."""
+    match error:
+        case _DuplicateKey():
+            problem = (
+                f"an object has the key {error.args[0]!r} twice, so that one value would be lost; "
+                "rename one"
+            )
+        case RecursionError():
+            problem = "values nested too deep; flatten them"
+        case _:
+            problem = "a number of thousands of digits; write it as a text, or shorter"
+    return ValueError(f"{path} line {line}: {problem}")
+
+
+def csv_columns(path: Path) -> tuple[list[str], np.ndarray]:
+    """The columns of a CSV file, and the line that each row begins on; every row is looked at.
 
     A row of another width is an error: readers shift such a row's cells without a word.
 
@@ -150,7 +176,7 @@ def csv_columns(path: Path) -> tuple[list[str], int]:
         ValueError: two columns have one name, or a row has not one cell a column.
     """
     columns: list[str] = []
-    num_rows = 0
+    lines = array("q")
     with closing(_csv_records(path)) as records:
         for line, cells in records:
             if not columns:
@@ -162,8 +188,8 @@ def csv_columns(path: Path) -> tuple[list[str], int]:
                     f"{path} line {line}: {len(cells)} cells, but {len(columns)} columns; quote "
                     "cells that hold a comma or a quotation mark"
                 )
-            num_rows += 1
-    return columns, num_rows
+            lines.append(line)
+    return columns, np.frombuffer(lines, np.int64) if lines else np.zeros(0, np.int64)
 
 
 def csv_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -175,10 +201,11 @@ def csv_rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each record that is not blank, and the line that it ends on."""
+    """The cells of each record that is not blank, and the line that it begins on."""
     with open_text(path, newline="") as file:
         records = csv.reader(file)
         while True:
+            line = records.line_num + 1
             try:
                 with _long_cells():
                     cells = next(records, None)
@@ -188,11 +215,16 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
                 ) from error
             if cells is None:
                 return
-            if cells:
-                yield records.line_num, cells
+            if cells and not (len(cells) == 1 and cells[0].isspace()):
+                yield line, cells
 
 
 def _check_names(path: Path, columns: list[str]) -> None:
+    for separator in (";", "\t", "|"):
+        if len(columns) == 1 and separator in columns[0]:
+            raise ValueError(
+                f"{path}: its columns seem to be separated by {separator!r}; write commas"
+            )
     for name in columns:
         if columns.count(name) > 1:
             raise ValueError(f"{path}: two columns are named {name!r}; rename one of them")

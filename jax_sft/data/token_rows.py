@@ -105,15 +105,22 @@ def _array(value: Any, where: str) -> np.ndarray:
 
 
 def _integers(values_T: np.ndarray, where: str) -> np.ndarray:
-    if values_T.size and values_T.dtype.kind not in "iu":
-        raise BadRow(f"{where} has {values_T[0].item()}; token ids are ints", reason="wrong_type")
+    """As int64; whole floats are taken, for Arrow makes all ids floats where one row has one."""
+    is_bool = values_T.dtype.kind == "b"
+    wrong_T = values_T if is_bool else values_T[values_T != np.floor(values_T)]
+    if wrong_T.size:
+        raise BadRow(f"{where} has {wrong_T[0].item()}; token ids are ints", reason="wrong_type")
+    _check_range(values_T, where, least=IGNORED)  # before a cast that would wrap around
     return values_T.astype(np.int64)
 
 
-def _check_range(ids_T: np.ndarray, where: str) -> None:
-    wrong_T = ids_T[(ids_T < 0) | (ids_T > np.iinfo(np.int32).max)]
+def _check_range(ids_T: np.ndarray, where: str, *, least: int = 0) -> None:
+    most = np.iinfo(np.int32).max
+    wrong_T = ids_T[(ids_T < least) | (ids_T > most)]
     if len(wrong_T):
-        raise BadRow(f"{where} has {wrong_T[0]}; token ids are from 0 up", reason="wrong_type")
+        raise BadRow(
+            f"{where} has {wrong_T[0].item()}; token ids are from 0 to {most}", reason="wrong_type"
+        )
 
 
 def _weights(values_T: np.ndarray, where: str, *, is_mask: bool) -> np.ndarray:
