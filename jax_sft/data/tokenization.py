@@ -135,9 +135,21 @@ def load_tokenizer(
     _check_choice("truncation_side", truncation_side, ("left", "right"))
     tokenizer.truncation_side = truncation_side
     if chat_template is not None:
-        is_file = "{" not in chat_template and Path(chat_template).is_file()
-        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+        tokenizer.chat_template = _read_chat_template(chat_template)
     return tokenizer
+
+
+def _read_chat_template(template: str) -> str:
+    """A template, or what the file of one holds: a file's name has no braces."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"tokenizer.chat_template {template!r} has no braces, so that it names a file, and it "
+            f"cannot be read ({error}); pass a Jinja template, or a file of one"
+        ) from error
 
 
 def tokenize_samples(
@@ -258,6 +270,7 @@ class _Block:
     def read(self, row: int, content: Content, origin: str) -> None:
         """Takes in a row; a BadRow leaves no trace of it."""
         if isinstance(content, TokenRow):
+            self._check_ids(content, origin)
             self._ids[row] = [self._of_tokens(content)]
         elif isinstance(content, Conversation):
             rendered = _chat_template(self._tokenizer, self._encoding).render(content, origin)
@@ -316,6 +329,15 @@ class _Block:
             self.counts.retokenized_boundaries += dialogue.retokenized
             self._ids.setdefault(sequence.row, []).append(
                 _Ids(ids, ids, weights, len(dialogue.bos_ids), stops)
+            )
+
+    def _check_ids(self, row: TokenRow, origin: str) -> None:
+        largest, size = int(max(row.ids_T.max(), row.targets_T.max())), len(self._tokenizer)
+        if largest >= size:
+            raise BadRow(
+                f"{origin} has the token id {largest}, but the tokenizer has {size} tokens; set "
+                "tokenizer.tokenizer_path to the one that made the ids",
+                reason="unknown_token",
             )
 
     def _of_tokens(self, row: TokenRow) -> _Ids:
