@@ -19,14 +19,14 @@ _CALLS = (
     "<tool_call>\n{{ call.function | tojson }}\n</tool_call>"
     "{% endfor %}"
 )
-_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 CHATML = (
     _TOOLS
     + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     + _CALLS
     + "<|im_end|>\n{% endfor %}"
-    + _PROMPT
+    + PROMPT
 )
 
 # Marks answers, the line break behind their stop token included.
@@ -35,7 +35,7 @@ GENERATION = (
     "{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
-    "{% endfor %}" + _PROMPT
+    "{% endfor %}" + PROMPT
 )
 
 # Thinks; earlier turns lose their reasoning, a last one without any gets an empty block.
@@ -57,7 +57,7 @@ QWEN3 = (
     + "{{ answer }}"
     + _CALLS.replace("m.content", "answer")
     + "<|im_end|>\n{% endif %}{% endfor %}"
-    + _PROMPT
+    + PROMPT
 )
 
 LLAMA2 = (
@@ -138,10 +138,13 @@ GPT_OSS = (
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 
-# Has no generation prompt, and no space in front of calls, whose arguments are text.
+# Has no generation prompt, and no space in front of calls, whose arguments are text; tools
+# stand in front of the last user's turn.
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
-    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% if m.role == 'user' %}"
+    "{% if tools and loop.index > messages | length - 2 %}[TOOLS] {{ tools | length }} {% endif %}"
+    "[INST] {{ m.content }}[/INST]"
     "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
     "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls[0].function.name + '|' + "
     "m.tool_calls[0].function.arguments }}{{ eos_token }}"

@@ -4,7 +4,7 @@ import functools
 import re
 
 import pytest
-from chat_templates import FAMILIES, tokenizer_of
+from chat_templates import FAMILIES, PROMPT, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import byte_bpe
@@ -68,14 +68,14 @@ PLAIN = {
     "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟪Ciao<end_of_turn>⟫\n",
     "phi3": "<|user|>\nHi<|end|>\n<|assistant|>\n⟪Hey<|end|>⟫\n"
     "<|user|>\nBye<|end|>\n<|assistant|>\n⟪Ciao<|end|>⟫\n<|endoftext|>",
-    "glm4": "[gMASK]<sop><|user|>\nHi<|assistant|>⟪\nHey<|user|>⟫\nBye<|assistant|>"
-    "⟪\nCiao<|user|>⟫",
+    "glm4": "[gMASK]<sop><|user|>\nHi<|assistant|>\n⟪Hey<|user|>⟫\nBye<|assistant|>\n"
+    "⟪Ciao<|user|>⟫",
     "cohere2": "<s><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>"
-    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
-    "⟪<|START_RESPONSE|>Hey<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟫"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>"
+    "⟪Hey<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟫"
     "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Bye<|END_OF_TURN_TOKEN|>"
-    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
-    "⟪<|START_RESPONSE|>Ciao<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟫",
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>"
+    "⟪Ciao<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟫",
     "deepseek_r1": "<s><｜User｜>Hi<｜Assistant｜>⟪Hey<｜end▁of▁sentence｜>⟫"
     "<｜User｜>Bye<｜Assistant｜>⟪Ciao<｜end▁of▁sentence｜>⟫",
     "mistral": "<s>[INST] Hi[/INST]⟪ Hey</s>⟫[INST] Bye[/INST]⟪ Ciao</s>⟫",
@@ -87,17 +87,17 @@ PLAIN = {
 UNROLLED = {
     "qwen3": (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-        "⟪<think>\n\n</think>\n\nHey<|im_end|>⟫\n",
+        "<think>\n\n</think>\n\n⟪Hey<|im_end|>⟫\n",
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHey<|im_end|>\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
-        "⟪<think>\n\n</think>\n\nCiao<|im_end|>⟫\n",
+        "<think>\n\n</think>\n\n⟪Ciao<|im_end|>⟫\n",
     ),
     "gpt_oss": (
         "<|start|>user<|message|>Hi<|end|><|start|>assistant"
-        "⟪<|channel|>final<|message|>Hey<|return|>⟫",
+        "<|channel|>final<|message|>⟪Hey<|return|>⟫",
         "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hey<|end|>"
         "<|start|>user<|message|>Bye<|end|><|start|>assistant"
-        "⟪<|channel|>final<|message|>Ciao<|return|>⟫",
+        "<|channel|>final<|message|>⟪Ciao<|return|>⟫",
     ),
     "unended": (
         "User: Hi\nAssistant:⟪ Hey<eos>⟫",
@@ -111,7 +111,7 @@ def test_every_family_is_expected():
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_an_answer_runs_from_the_generation_prompt_through_its_stop_token(name):
+def test_an_answer_runs_from_its_content_through_its_stop_token(name):
     assert rendered(name, "Hi", "Hey", "Bye", "Ciao") == PLAIN[name]
 
 
@@ -132,10 +132,10 @@ def test_answers_that_stay_as_they_were_share_a_sequence():
     tool = "\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
     think = "<think>\n\n</think>\n\n"
     assert tuple(map(shown, row.sequences)) == (
-        f"{head}⟪{think}{function}<|im_end|>⟫\n",
-        f"{head}{function}<|im_end|>{tool}⟪{think}Four.<|im_end|>⟫\n",
+        f"{head}{think}⟪{function}<|im_end|>⟫\n",
+        f"{head}{function}<|im_end|>{tool}{think}⟪Four.<|im_end|>⟫\n",
         f"{head}{function}<|im_end|>{tool}Four.<|im_end|>\n"
-        f"<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n⟪{think}Yes.<|im_end|>⟫\n",
+        f"<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n{think}⟪Yes.<|im_end|>⟫\n",
     )
     thinking = [message("user", "2+2?"), message("assistant", tool_calls=call(2), reasoning="So.")]
     thinking += [message("tool", "4"), message("assistant", f"{THOUGHT}Four.")]
@@ -161,7 +161,7 @@ def test_tool_calls_are_trained_and_results_are_not():
     )
     assert rendered("glm4", *messages) == (
         '[gMASK]<sop><|user|>\n2+2?<|assistant|>⟪add\n{"x": 2}<|observation|>⟫\n4'
-        "<|assistant|>⟪\nFour.<|user|>⟫"
+        "<|assistant|>\n⟪Four.<|user|>⟫"
     )
     assert rendered("mistral", *messages) == (
         '<s>[INST] 2+2?[/INST]⟪[TOOL_CALLS] add|{"x": 2}</s>⟫'
@@ -170,7 +170,7 @@ def test_tool_calls_are_trained_and_results_are_not():
     assert rendered("gpt_oss", *messages[:3], message("assistant", "Four.")) == (
         '<|start|>user<|message|>2+2?<|end|><|start|>assistant⟪ to=add<|message|>{"x": 2}<|call|>⟫'
         "<|start|>tool<|message|>4<|end|>"
-        "<|start|>assistant⟪<|channel|>final<|message|>Four.<|return|>⟫"
+        "<|start|>assistant<|channel|>final<|message|>⟪Four.<|return|>⟫"
     )
 
 
@@ -213,6 +213,62 @@ def test_reasoning_in_a_field_is_trained(name, answer, num_unrendered, field):
     [sequence] = row.sequences
     assert [turn.text for turn in sequence.turns if turn.weight] == [answer]
     assert sequence.reasons and row.num_unrendered == num_unrendered
+
+
+def test_an_answer_that_thinks_behind_a_prompt_against_it_is_put_there():
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
+    row = ChatTemplate(tokenizer).render(conversation("2+2?", f"{THOUGHT}Four."), "row 7")
+    assert shown(row.sequences[0]) == (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        f"⟪{THOUGHT}Four.<|im_end|>⟫\n"
+    )
+    assert row.num_unrendered == 1
+
+
+def test_tools_in_front_of_the_last_user_alone_unroll_a_row():
+    chat = conversation("Hi", "Hey", "Bye", "Ciao", tools=TOOLS)
+    row = template_of("mistral").render(chat, "row 7")
+    assert tuple(map(shown, row.sequences)) == (
+        "<s>[TOOLS] 1 [INST] Hi[/INST]⟪ Hey</s>⟫",
+        "<s>[INST] Hi[/INST] Hey</s>[TOOLS] 1 [INST] Bye[/INST]⟪ Ciao</s>⟫",
+    )
+
+
+def rendered_by(change, name="chatml", *messages):
+    tokenizer = tokenizer_of(name)
+    tokenizer.chat_template = change(tokenizer.chat_template)
+    row = ChatTemplate(tokenizer).render(conversation(*messages), "row 7")
+    return tuple(map(shown, row.sequences))
+
+
+def test_without_a_generation_prompt_an_answer_begins_behind_its_role():
+    turns = rendered_by(
+        lambda text: text.removesuffix(PROMPT), "chatml", "Hi", "Hey", "Bye", "Ciao"
+    )
+    assert turns == (PLAIN["chatml"],)
+
+
+def test_content_that_the_template_changes_is_found():
+    change = "m.content | capitalize"
+    turns = rendered_by(lambda text: text.replace("m.content", change), "zephyr", "hi", "hey")
+    assert turns == ("<|user|>\nHi</s>\n<|assistant|>\n⟪Hey</s>⟫\n",)
+
+
+def test_of_several_tokens_behind_answers_eos_ends_them():
+    turns = rendered_by(
+        lambda text: text.replace("eos_token }}", "eos_token }}<s>"), "zephyr", "a", "b"
+    )
+    assert turns == ("<|user|>\na</s><s>\n<|assistant|>\n⟪b</s>⟫<s>\n",)
+
+
+def test_white_space_that_is_a_token_ends_nothing():
+    tokenizer = tokenizer_of("unended")
+    tokenizer.add_tokens(["\n", "  "])
+    template = ChatTemplate(tokenizer)
+    assert template.stops == []
+    [sequence] = template.render(conversation("Hi", "Hey"), "row 7").sequences
+    assert shown(sequence) == "User: Hi\nAssistant:⟪ Hey<eos>⟫"
 
 
 def test_reasoning_that_its_answer_repeats_is_not_taken_for_rendered():
@@ -264,18 +320,21 @@ def test_tokens_in_contents_end_nothing():
     )
 
 
+# What training has in front of plain answers, behind the template's own prompt.
+LEAD_INS = {
+    "qwen3": "<think>\n\n</think>\n\n",
+    "glm4": "\n",
+    "cohere2": "<|START_RESPONSE|>",
+    "gpt_oss": "<|channel|>final<|message|>",
+}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_templates_own_prompt_is_trainings_but_for_what_is_listed(name):
-    asked = conversation("Hi", "Hey", "Bye")
-    own = template_of(name).generation_prompt(asked, "row 7")
-    ours = "".join(template_of(name).prompt(asked, "row 7"))
-    assert own == ours + {"deepseek_r1": "<think>\n"}.get(name, "")
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_prompt_is_the_same_for_answers_that_think(name):
     asked, template = conversation("Hi", "Hey", "Bye"), template_of(name)
-    assert template.prompt(asked, "x", reasons=True) == template.prompt(asked, "x")
+    own = template.generation_prompt(asked, "row 7").removesuffix("<think>\n")  # of DeepSeek R1
+    assert "".join(template.prompt(asked, "row 7")) == own + LEAD_INS.get(name, "")
+    assert "".join(template.prompt(asked, "row 7", reasons=True)) == own
 
 
 def test_stop_tokens_that_the_template_shows():

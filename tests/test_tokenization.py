@@ -387,7 +387,7 @@ def test_a_conversation_gets_the_special_tokens_of_its_template_alone():
     (examples, _), tokenizer = chats(template)
     tokenizer.bos_token = tokenizer.eos_token
     [example] = examples
-    assert example.text() == "uQaA<|endoftext|>uQaA<|endoftext|>"
+    assert example.text() == "<|endoftext|>uQaA<|endoftext|>uQaA<|endoftext|>"
     again = tokenize(
         [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]],
         tokenizer,

@@ -2,15 +2,13 @@
 
 What comes in is a Conversation, what goes out is the text that the template renders, cut
 into context and answers, each answer with the token that ends it. Stock templates do not
-say where an answer lies. Here it begins where the template's own generation prompt ends,
-so that training goes on from what serving begins with, and it ends in the token that the
-template writes behind answers.
+say where an answer lies. Here it begins with its content, or where it thinks with that,
+and it ends in the token that the template writes behind answers.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,14 +206,13 @@ class ChatTemplate:
             return None
         spans: dict[int, _Span] = {}
         num_added = 0
-        for index, following in itertools.pairwise([*indices, None]):
+        for index in indices:
             start, end = contents[index]
-            limit = len(text) if following is None else contents[following][0]
             if not answers[index]:
                 spans[index] = _Span(before_spaces(text, start), end, None)
                 continue
             start = starts[index]
-            stop_end = self._tokens.end_of(habits.stop, text, end, limit)
+            stop_end = self._tokens.end_of(habits.stop, text, end)
             if stop_end is not None:
                 spans[index] = _Span(start, stop_end, habits.stop)
             elif index == len(weights) - 1:
@@ -236,10 +233,7 @@ class ChatTemplate:
                 if start <= place <= end
             }
             return found if found.keys() == contents.keys() else None
-        lead_in = self._habits(chat).lead_in
-        if not all(text.endswith(lead_in, 0, start) for start in contents.values()):
-            return None
-        return {index: start - len(lead_in) for index, start in contents.items()}
+        return {index: before_spaces(text, start) for index, start in contents.items()}
 
     # -- each answer as the last message -----------------------------------------------------
 
@@ -351,7 +345,11 @@ class ChatTemplate:
         return self._ended(whole, chat, text, start, end)
 
     def _start(self, chat: Chat, text: str) -> int | None:
-        """Where the last answer of a text begins: where a plain one in its place would."""
+        """Where the last answer of a text begins: where a plain one in its place would.
+
+        One that thinks, or stands behind another text than a plain one, begins before what
+        the template writes in front of plain ones alone, such as an empty <think> block.
+        """
         try:
             plain = self._plain(chat.with_last({"role": "assistant", "content": REPLY}))
         except BadRow:
@@ -359,7 +357,12 @@ class ChatTemplate:
         if plain is None:
             return None
         plain_text, start, _ = plain
-        return start if text.startswith(plain_text[:start]) else None
+        lead_in = self._habits(chat).lead_in
+        is_marked = self._template.marks_answers(chat)
+        starts = [start] if is_marked or not messages_of.reasons(chat.messages[-1]) else []
+        if not is_marked and plain_text.endswith(lead_in, 0, start):
+            starts.append(start - len(lead_in))
+        return next((place for place in starts if text.startswith(plain_text[:place])), None)
 
     # -- where an answer ends ----------------------------------------------------------------
 
@@ -369,7 +372,7 @@ class ChatTemplate:
         stop = habits.stop
         if stop not in tokens and tokens and not self._chosen:
             stop = tokens[0]  # tool calls may end otherwise than plain answers
-        stop_end = self._tokens.end_of(stop, text, end, len(text))
+        stop_end = self._tokens.end_of(stop, text, end)
         if stop_end is not None:
             return _Answer(text, _Span(start, stop_end, stop))
         rest = text[end:]

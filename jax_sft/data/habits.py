@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ASK, REPLY = "probe", "reply"
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}, "id": "123456789"}
+_SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}}
+_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": _SCHEMA}}
 _OTHER_ANSWERS = (
     {"role": "assistant", "content": REPLY, "reasoning_content": ASK},
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
@@ -33,7 +35,7 @@ class Habits(NamedTuple):
         stop: the token that ends them, None where there is none.
         stop_follows: whether it is the first token of the next message, as with GLM-4.
         rewrites: whether an answer looks different when others follow it.
-        lead_in: what the template writes in front of them that belongs to the answer.
+        lead_in: what the template writes in front of them, but not of answers that think.
     """
 
     stop: str | None
@@ -66,9 +68,9 @@ class Tokens:
             place = found.end()
         return tokens
 
-    def end_of(self, token: str | None, text: str, start: int, limit: int) -> int | None:
+    def end_of(self, token: str | None, text: str, start: int) -> int | None:
         """Where a token ends that, behind white space and other tokens, follows start."""
-        while token and (found := self._one.match(text, start, limit)):
+        while token and (found := self._one.match(text, start)):
             start = found.end()
             if found.group(1) == token:
                 return start
@@ -111,7 +113,7 @@ def find_habits(
             of its own.
     """
     exchange = ({"role": "user", "content": ASK}, {"role": "assistant", "content": REPLY})
-    chat = Chat(exchange * 2, () if has_tools else None, "the chat template")
+    chat = Chat(exchange * 2, (_TOOL,) if has_tools else None, "the chat template")
     try:
         alone = template.contents(chat.up_to(2), [1])
         both = template.contents(chat, [1, 3])
@@ -121,47 +123,40 @@ def find_habits(
         return Habits(None, False, True, "")
     text, places = alone
     start, end = places[1]
+    start = before_spaces(text, start)
     lead_in = text[_fork(template, tokens, chat.up_to(2), text[:start]) : start]
     last = tokens.at_start(text[end:])
     if both is None:
-        return Habits(_stop([], last, chosen, eos)[0], False, True, lead_in)
+        return Habits(_stop([], last, chosen, eos), False, True, lead_in)
     longer, places = both
     middle = tokens.at_start(longer[places[1][1] : places[3][0]])
-    stop, is_shared = _stop(middle, last, chosen, eos)
-    rewrites = not is_shared or longer[: places[1][1]] != text[:end]
+    rewrites = longer[: places[1][1]] != text[:end]
+    stop = _stop(middle, last, chosen, eos)
     return Habits(stop, bool(middle) and not last, rewrites, lead_in)
 
 
-def _stop(
-    middle: list[str], last: list[str], chosen: Sequence[str], eos: str | None
-) -> tuple[str | None, bool]:
+def _stop(middle: list[str], last: list[str], chosen: Sequence[str], eos: str | None) -> str | None:
     """Tells what ends answers from the tokens behind one in the middle and behind the last.
 
-        Phi-3      <|end|> <|user|>    <|end|> <|endoftext|>   both end in <|end|>
-        Cohere2    <|END_RESPONSE|> <|END_OF_TURN_TOKEN|>      the second of two
-        GLM-4      <|user|>            nothing                 <|user|>, added at the end
-        gpt-oss    <|end|>             <|return|>              <|return|>, each as the last
-
-    Returns:
-        The token, and whether it ends both.
+    Phi-3      <|end|> <|user|>    <|end|> <|endoftext|>   both end in <|end|>
+    Cohere2    <|END_RESPONSE|> <|END_OF_TURN_TOKEN|>      the second of two
+    GLM-4      <|user|>            nothing                 <|user|>, added at the end
+    gpt-oss    <|end|>             <|return|>              <|return|>, each as the last
     """
     if chosen:
-        return next((token for token in last if token in chosen), chosen[0]), True
+        return next((token for token in last if token in chosen), chosen[0])
     pairs = itertools.takewhile(lambda two: two[0] == two[1], zip(middle, last, strict=False))
     shared = [token for token, _ in pairs]
     if shared:
-        return eos if eos in shared else shared[-1], True
-    if last:
-        return last[0], False
-    return (middle[0] if middle else None), True
+        return eos if eos in shared else shared[-1]
+    return next(iter([*last, *middle]), None)
 
 
 def _fork(template: Template, tokens: Tokens, chat: Chat, before: str) -> int:
-    """Where what may stand in front of an answer parts: there every answer begins.
+    """Where what may stand in front of an answer parts: there those that think begin.
 
         Qwen3       <|im_start|>assistant\\n | <think>\\n\\n</think>\\n\\n
         gpt-oss     <|start|>assistant | <|channel|>final<|message|>
-        Llama-2     [/INST] | a space
 
     Args:
         template: what is probed.

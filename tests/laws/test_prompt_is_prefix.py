@@ -119,7 +119,7 @@ def test_every_answer_of_a_chat_is_trained_behind_the_ids_of_its_eval_prompt(
     for asked, thought, answer, weight in exchanges:
         messages.append(Message({"role": "user", "content": asked}, 0.0))
         if weight:
-            prompts.append(Conversation(tuple(messages)))
+            prompts.append((Conversation(tuple(messages)), bool(thought)))
         messages.append(Message({"role": "assistant", "content": thought + answer}, weight))
     part = tokenize_rows(
         [Conversation(tuple(messages))], ["row 1"], lambda row, origin: row, tokenizer, encoding
@@ -129,5 +129,7 @@ def test_every_answer_of_a_chat_is_trained_behind_the_ids_of_its_eval_prompt(
         trained = np.concatenate([[False], one.weights_T > 0])
         starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
         begun += [one.ids[:start] for start in starts]
-    expected = [encode_prompt(prompt, tokenizer, encoding)[0] for prompt in prompts]
+    expected = [
+        encode_prompt(prompt, tokenizer, encoding, reasons=thinks)[0] for prompt, thinks in prompts
+    ]
     assert sorted(begun) == sorted(expected)
