@@ -226,6 +226,18 @@ def test_an_answer_that_thinks_behind_a_prompt_against_it_is_put_there():
     assert row.num_unrendered == 1
 
 
+def test_with_tools_at_hand_a_prompt_does_not_rule_calls_out():
+    asked = conversation("2+2?", tools=TOOLS)
+    called = [message("user", "2+2?"), message("assistant", tool_calls=call(2))]
+    thought = message("assistant", "Four.", reasoning="So.")
+    for answered in (called, ["2+2?", "Four."], [called[0], thought]):
+        row = template_of("gpt_oss").render(conversation(*answered, tools=TOOLS), "row 7")
+        before, answer = (turn.text for turn in row.sequences[0].turns)
+        assert (before,) == template_of("gpt_oss").prompt(asked, "row 7")
+        assert before == "<|start|>user<|message|>2+2?<|end|><|start|>assistant"
+        assert answer.endswith(("<|call|>", "Four.<|return|>"))
+
+
 def test_tools_in_front_of_the_last_user_alone_unroll_a_row():
     chat = conversation("Hi", "Hey", "Bye", "Ciao", tools=TOOLS)
     row = template_of("mistral").render(chat, "row 7")

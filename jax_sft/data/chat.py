@@ -233,7 +233,13 @@ class ChatTemplate:
                 if start <= place <= end
             }
             return found if found.keys() == contents.keys() else None
-        return {index: before_spaces(text, start) for index, start in contents.items()}
+        # With tools at hand an answer may be a call: then a prompt must not rule that out.
+        lead_in = "" if chat.tools is None else self._habits(chat).lead_in
+        starts = {index: before_spaces(text, start) for index, start in contents.items()}
+        return {
+            index: start - len(lead_in) if text.endswith(lead_in, 0, start) else start
+            for index, start in starts.items()
+        }
 
     # -- each answer as the last message -----------------------------------------------------
 
@@ -358,9 +364,10 @@ class ChatTemplate:
             return None
         plain_text, start, _ = plain
         lead_in = self._habits(chat).lead_in
-        is_marked = self._template.marks_answers(chat)
-        starts = [start] if is_marked or not messages_of.reasons(chat.messages[-1]) else []
-        if not is_marked and plain_text.endswith(lead_in, 0, start):
+        # In chats with tools, and where the template says it, all answers begin alike.
+        is_one_for_all = chat.tools is not None or self._template.marks_answers(chat)
+        starts = [start] if is_one_for_all or not messages_of.reasons(chat.messages[-1]) else []
+        if not is_one_for_all and plain_text.endswith(lead_in, 0, start):
             starts.append(start - len(lead_in))
         return next((place for place in starts if text.startswith(plain_text[:place])), None)
 

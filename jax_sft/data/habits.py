@@ -18,7 +18,7 @@ from jax_sft.data.types import BadRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ASK, REPLY = "probe", "reply"
+ASK, REPLY = "probe", "7"  # a digit: templates may change the case of letters
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}, "id": "123456789"}
 _SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}}
 _TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": _SCHEMA}}
@@ -35,7 +35,8 @@ class Habits(NamedTuple):
         stop: the token that ends them, None where there is none.
         stop_follows: whether it is the first token of the next message, as with GLM-4.
         rewrites: whether an answer looks different when others follow it.
-        lead_in: what the template writes in front of them, but not of answers that think.
+        lead_in: what the template writes in front of them, but not of answers that think or
+            call tools.
     """
 
     stop: str | None
