@@ -4,8 +4,10 @@ In: the config and what was passed to `train(...)`, which wins over the config. 
 checked. Leaves take plain values; here, and in `train.py`, the config is unpacked for them.
 """
 
+import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,16 +15,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jax_sft.config import SFTConfig, default_sft_config
+from jax_sft.data.fingerprint import source_fingerprint
 from jax_sft.data.samples import load_eval_prompts, load_function, load_samples, read_samples
 from jax_sft.data.stream_batches import StreamBatches
 from jax_sft.data.streams import open_stream
+from jax_sft.data.token_cache import tokenize_all
 from jax_sft.data.tokenization import (
     Encoding,
     check_stop_sequences,
     encode_prompt,
     load_tokenizer,
     prompt_difference,
-    tokenize_samples,
 )
 from jax_sft.data.types import (
     Conversation,
@@ -96,7 +99,7 @@ def tokenize(
         ValueError: a sample is not as it must be.
     """
     config = default_sft_config() if config is None else config
-    return _tokenize(config, read_samples(samples, **_reading(config)), tokenizer)[0]
+    return _tokenize(config, _Opened(_read(config, samples)), tokenizer).examples
 
 
 def load_inputs(
@@ -210,12 +213,13 @@ def _named(evals: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _load_train(config: SFTConfig, samples: Any, tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
     if samples is not None:
-        return _example_set(config, [(_read(config, samples), 1.0)], tokenizer)
+        return _tokenize(config, _Opened(_read(config, samples)), tokenizer)
     data = config.data
-    loaded = [
-        (_load(config, source, split=data.split), times) for source, times in _mixture(data.train)
+    sets = [
+        (_tokenize(config, _find(config, source, split=data.split), tokenizer), times)
+        for source, times in _mixture(data.train)
     ]
-    return _example_set(config, loaded, tokenizer)
+    return _mixed(sets, seed=config.train.seed)
 
 
 def _open_stream(
@@ -253,15 +257,15 @@ def _load_evals(
     data = config.data
     if eval_samples is not None:
         named = eval_samples if isinstance(eval_samples, dict) else {"": eval_samples}
-        loaded = {name: _read(config, samples) for name, samples in named.items()}
+        found = {name: _Opened(_read(config, samples)) for name, samples in named.items()}
     else:
         split = data.eval_split or data.split
-        loaded = {
-            name: _load(config, source, split=split) for name, source in _named(data.eval).items()
+        found = {
+            name: _find(config, source, split=split) for name, source in _named(data.eval).items()
         }
     evals = {}
-    for name, samples in loaded.items():
-        evals[name] = _example_set(config, [(samples, 1.0)], tokenizer)
+    for name, samples in found.items():
+        evals[name] = _tokenize(config, samples, tokenizer)
         if not len(evals[name].examples):
             raise ValueError(
                 f"no eval sample{f' of {name}' if name else ''} has a trained token: pass others, "
@@ -270,20 +274,17 @@ def _load_evals(
     return evals
 
 
-def _example_set(
-    config: SFTConfig, loaded: list[tuple[Samples, float]], tokenizer: PreTrainedTokenizerBase
-) -> ExampleSet:
-    """Tokenizes each source, and lays its examples out as often as an epoch sees them."""
+def _mixed(sets: list[tuple[ExampleSet, float]], *, seed: int) -> ExampleSet:
+    """Lays the examples of each source out as often as an epoch sees them."""
+    if len(sets) == 1 and sets[0][1] == 1:
+        return sets[0][0]
     blocks, sources, total = [], [], Counts()
-    for index, (samples, times) in enumerate(loaded):
-        examples, counts = _tokenize(config, samples, tokenizer)
-        blocks.append(_repeated(examples, times, seed=(config.train.seed, index)))
-        sources.append(Source(samples.source, samples.format, times, counts))
+    for index, ((examples, counts, [source]), times) in enumerate(sets):
+        blocks.append(_repeated(examples, times, seed=(seed, index)))
+        sources.append(dataclasses.replace(source, times=times))
         total.add(counts)
-    if len(blocks) == 1:
-        return ExampleSet(blocks[0], total, tuple(sources))
     origins = [origin for block in blocks for origin in block.origins]
-    joined = join_examples(blocks, tokenizer=tokenizer, origins=origins)
+    joined = join_examples(blocks, tokenizer=blocks[0].tokenizer, origins=origins)
     return ExampleSet(joined, total, tuple(sources))
 
 
@@ -298,10 +299,19 @@ def _repeated(examples: Examples, times: float, *, seed: tuple[int, int]) -> Exa
     return examples.take(np.concatenate([whole, np.sort(drawn)]))
 
 
-def _load(config: SFTConfig, source: str, *, split: str) -> Samples:
+class _Opened(NamedTuple):
+    """Samples, or what opens them, and what tells from outside whether they changed."""
+
+    samples: Samples | Callable[[], Samples]
+    fingerprint: str | None = None
+
+
+def _find(config: SFTConfig, source: str, *, split: str) -> _Opened:
     data = config.data
-    return load_samples(
-        source, split=split, format=data.format, num_proc=data.num_proc, **_reading(config)
+    options = dict(split=split, format=data.format, **_reading(config))
+    return _Opened(
+        functools.partial(load_samples, source, num_proc=data.num_proc, **options),
+        source_fingerprint(source, **options),
     )
 
 
@@ -331,10 +341,15 @@ def encoding_of(config: SFTConfig) -> Encoding:
     )
 
 
-def _tokenize(
-    config: SFTConfig, samples: Samples, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Counts]:
-    return tokenize_samples(samples, tokenizer, encoding_of(config))
+def _tokenize(config: SFTConfig, opened: _Opened, tokenizer: PreTrainedTokenizerBase) -> ExampleSet:
+    return tokenize_all(
+        opened.samples,
+        tokenizer,
+        encoding_of(config),
+        num_proc=config.data.num_proc,
+        cache_dir=config.data.cache_dir,
+        fingerprint=opened.fingerprint,
+    )
 
 
 def _find_prompts(
