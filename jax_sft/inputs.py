@@ -35,6 +35,7 @@ from jax_sft.data.types import (
     Samples,
     Source,
     join_examples,
+    join_origins,
 )
 from jax_sft.evaluate import MetricFn
 from jax_sft.model.adapter_files import base_model, is_adapter_folder
@@ -283,7 +284,7 @@ def _mixed(sets: list[tuple[ExampleSet, float]], *, seed: int) -> ExampleSet:
         blocks.append(_repeated(examples, times, seed=(seed, index)))
         sources.append(dataclasses.replace(source, times=times))
         total.add(counts)
-    origins = [origin for block in blocks for origin in block.origins]
+    origins = join_origins([block.origins for block in blocks])
     joined = join_examples(blocks, tokenizer=blocks[0].tokenizer, origins=origins)
     return ExampleSet(joined, total, tuple(sources))
 

@@ -293,7 +293,7 @@ class Examples(Sequence[Example]):
     def take(self, indices_N: np.ndarray) -> Examples:
         """The examples of these indices, in their order; one may be taken several times."""
         lengths_N = self.lengths_N[indices_N]
-        offsets = np.cumsum([0, *lengths_N], dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths_N)])
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths_N)
         source = np.repeat(self.offsets[indices_N], lengths_N) + within
         origins = self.origins
