@@ -260,13 +260,19 @@ def test_answers_that_train_no_stop_token_are_refused():
     counts = Counts(rows_read=3, kept=3, **stops, answers_without_stop=1)
     examples = examples_from_parts([])
     sources = (Source("a", "text", 1.0, Counts()), Source("b", "text", 1.0, counts))
-    with pytest.raises(ValueError, match=r"'<end>' or '</s>'.*tokenizer\.stop_tokens") as error:
+    with pytest.raises(
+        ValueError, match=r"'<end>' or '</s>', so .*tokenizer\.add_eos=True"
+    ) as error:
         check_trained(ExampleSet(examples, counts, sources), stop_tokens=("<end>",))
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="none is known"):
-        check(untruncated_answers=3, answers_without_stop=3)
+    with pytest.raises(
+        ValueError, match="no stop token, so .* ends them in nothing that is a token"
+    ):
+        check("messages", untruncated_answers=3, answers_without_stop=3)
     check("tokens", **stops, answers_without_stop=2)
-    with pytest.raises(ValueError, match="3 of 3 untruncated answers"):
+    with pytest.raises(
+        ValueError, match="3 of 3 untruncated answers.*; end them in one, name"
+    ):
         check("tokens", untruncated_answers=3, answers_without_stop=3)
     with pytest.raises(ValueError, match="nothing would be trained: 0 rows"):
         check_trained(ExampleSet(examples, Counts(), ()))

@@ -238,15 +238,25 @@ def check_trained(example_set: ExampleSet, *, stop_tokens: Sequence[str] = ()) -
 def _check_stop_tokens(source: Source, stop_tokens: Sequence[str]) -> None:
     counts = source.counts
     num_without, num_answers = counts.answers_without_stop, counts.untruncated_answers
-    if num_without and (source.format != "tokens" or num_without == num_answers):
-        names = dict.fromkeys([*stop_tokens, *counts.stop_tokens])
-        looked_for = " or ".join(map(repr, names)) or "(none is known)"
-        raise ValueError(
-            f"{num_without:,} of {num_answers:,} untruncated answers of {source.name} train no "
-            f"stop token {looked_for}, so the model would not learn to stop; name the token that "
-            "ends an answer in tokenizer.stop_tokens, set tokenizer.add_eos=True (False for token "
-            "ids that are to end so), or choose another tokenizer.chat_template"
+    if not num_without or source.format == "tokens" and num_without < num_answers:
+        return
+    names = dict.fromkeys([*stop_tokens, *counts.stop_tokens])
+    looked_for = f" {' or '.join(map(repr, names))}" if names else ""
+    remedy = "set tokenizer.add_eos=True"
+    if source.format == "tokens":
+        remedy = (
+            "end them in one, name theirs in tokenizer.stop_tokens, or set tokenizer.add_eos=False "
+            "if they are to have none"
         )
+    elif source.format != "text":
+        remedy = (
+            "the chat template ends them in nothing that is a token of this tokenizer: name a "
+            "token in tokenizer.stop_tokens, or choose another tokenizer.chat_template"
+        )
+    raise ValueError(
+        f"{num_without:,} of {num_answers:,} untruncated answers of {source.name} train no stop "
+        f"token{looked_for}, so the model would not learn to stop; {remedy}"
+    )
 
 
 def _listed(dropped: Mapping[str, int]) -> str:
