@@ -4,6 +4,7 @@ Each mistake is made through `train()`, in a folder that holds an earlier run, a
 before anything is compiled.
 """
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer
 import jax_sft
 import jax_sft.train
 from jax_sft.config import BYTE_TOKENIZER
+from jax_sft.data.report import run_report
+from jax_sft.inputs import load_inputs
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -61,7 +64,7 @@ def refused(run_dir: Path, arguments: dict, sections: dict) -> str:
         (dict(samples=[]), {}, ("samples", "empty")),
         (dict(samples=[*SAMPLES[:3], ["a", "b", "c"]]), {}, ("samples[3]", "3")),
         (dict(samples=["text", 7]), {}, ("samples[1]", "7")),
-        (dict(samples=["text", ["a", "b"]]), {}, ("samples[1]", "samples[0]")),
+        (dict(samples=["text", ["a", "b"]]), {}, ("samples[1]", "a dialogue", "as text")),
         (dict(samples=[["a", "b"], ["a", ""]]), {}, ("samples[1]", "empty")),
         (dict(samples="text"), {}, ("samples", "str", "[")),
         (dict(eval_prompts="1 + 1 ="), {}, ("1 + 1 =",)),
@@ -91,7 +94,7 @@ def refused(run_dir: Path, arguments: dict, sections: dict) -> str:
             ("target_modules", "q_proj", "c_attn", "all-linear"),
         ),
         (dict(samples=None), dict(data=dict(train="gone.jsonl")), ("gone.jsonl", "no such file")),
-        (dict(samples=[["a" * 40, "b"]]), {}, ("no example is left", "seq_length")),
+        (dict(samples=[["a" * 40, "b"]]), {}, ("nothing would be trained", "seq_length")),
         (
             dict(samples=[["a" * 40, "b"]]),
             dict(data=dict(over_length="error")),
@@ -127,6 +130,77 @@ def test_malformed_jsonl_names_the_line(tmp_path, earlier_run):
     file.write_text('{"prompt": "a", "output": "b"}\n{"prompt": "a", "output": \n')
     message = refused(earlier_run, dict(samples=None), dict(data=dict(train=str(file))))
     assert f"{file}" in message and "line 2" in message
+
+
+def lines_of(*rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+PAIR = {"prompt": "a", "output": "b"}
+IDS = {"input_ids": [97, 256], "labels": [-100, 256]}
+BAD_FILES = {  # name, content and what the one line holds, loaded and streamed
+    "missing.jsonl": (lines_of(PAIR, {"prompt": "a"}), "line 2", "'output'", "data."),
+    "null.jsonl": (lines_of(PAIR, PAIR | {"output": None}), "line 2", "'output' is None", "filter"),
+    "type.jsonl": (lines_of(PAIR, PAIR | {"output": 7}), "line 2 field 'output'", "7 (int)", "str"),
+    "kind.jsonl": (lines_of(PAIR, ["a", "b"]), "line 2 is a dialogue", "same kind"),
+    "number.jsonl": (lines_of(PAIR, 4), "line 2 is 4 (int)", "must be a str"),
+    "blank.jsonl": (b"\n \n", "is empty", "at least one"),
+    "latin.jsonl": (lines_of(PAIR) + b'{"prompt": "\xe9"}', "line 2: not UTF-8", "convert"),
+    "latin.csv": (b"text\na\n\xe9\n", "line 3: not UTF-8", "convert"),
+    "latin.txt.gz": (gzip.compress(b"a\n\xe9\n"), "line 2: not UTF-8", "convert"),
+    "twice.txt.gz": (gzip.compress(gzip.compress(b"a")), "line 1", "once more"),
+    "plain.txt.gz": (b"a", "no whole gzip file", "make it again"),
+    "columns.csv": (b"text,text\na,b\n", "two columns are named 'text'", "rename"),
+    "cells.csv": (b"prompt,output\na,b,c\n", "line 2: 3 cells, but 2 columns", "quote"),
+    "semicolons.csv": (b"prompt;output\na;b\n", "separated by ';'", "commas"),
+    "keys.jsonl": (b'{"text": "a", "text": "b"}\n', "line 1", "'text' twice", "rename"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 9999 + b"\n", "line 1", "nested too deep", "flatten"),
+    "digits.jsonl": (b'{"n": ' + b"9" * 5000 + b"}\n", "line 1", "digits", "as a text"),
+    "nan.jsonl": (b'{"text": "a"}\n{"text": NaN}\n', "line 2", "'text'", "is "),
+    "huge.jsonl": (lines_of({"text": "a" * 5_000_001}), "line 1", "5,000,001 char", "split it"),
+    "labels.jsonl": (lines_of(IDS, IDS | {"labels": [256]}), "line 2", "2 input_ids", "1 labels"),
+    "negative.jsonl": (lines_of(IDS, {"input_ids": [-1, 256]}), "line 2 input_ids has -1", "0 to"),
+    "beyond.jsonl": (lines_of(IDS, {"input_ids": [999, 256]}), "line 2", "999", "tokenizer_path"),
+    "half.jsonl": (lines_of(IDS, {"input_ids": [1.5, 256]}), "line 2 input_ids has 1.5", "ints"),
+    "chat.jsonl": (lines_of({"messages": [{"role": "critic"}]}), "line 1 messages[0]", "critic"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_line_that_names_it(name, streaming, tmp_path, earlier_run):
+    content, *words = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    data = dict(train=str(tmp_path / name), streaming=streaming)
+    message = refused(earlier_run, dict(samples=None), dict(data=data))
+    assert [word for word in (name, *words) if word not in message] == [], message
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+def test_bad_rows_are_skipped_and_counted(streaming, tmp_path):
+    bad = [{"prompt": "a"}, PAIR | {"output": ""}, PAIR | {"output": 7}, ["a"], "text", 4, None]
+    (tmp_path / "a.jsonl").write_bytes(lines_of(PAIR, *bad, PAIR))
+    config = tiny_config(tmp_path / "run").evolve(
+        data=dict(
+            train=str(tmp_path / "a.jsonl"),
+            on_bad_row="skip",
+            streaming=streaming,
+            eval_prompts=[],
+        )
+    )
+    train = load_inputs(config, tokenizer=AutoTokenizer.from_pretrained(BYTE_TOKENIZER)).train
+    report = run_report(train, {})
+    assert (report["rows_read"], report["kept"]) == (9, 2)
+    fates = {"missing_field": 2, "empty_answer": 1, "wrong_type": 2, "other_format": 2}
+    assert report["dropped"] == fates
+    shown = " ".join(sum(report["problems"].values(), []))
+    assert [line for line in range(2, 9) if f"a.jsonl line {line}" not in shown] == []
+
+
+def test_a_chat_template_that_is_no_file(earlier_run):
+    tokenizer = dict(tokenizer_path=BYTE_TOKENIZER, chat_template="nowhere.jinja")
+    message = refused(earlier_run, {}, dict(tokenizer=tokenizer))
+    assert "tokenizer.chat_template 'nowhere.jinja' has no braces" in message
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])
