@@ -161,7 +161,9 @@ def start_script(tmp_path, num_blocks, mark="none"):
 
 def test_a_script_without_a_main_guard_works(tmp_path):
     out, err = start_script(tmp_path, 5).communicate(timeout=120)
-    assert (out.split(), err) == (["once", "first", "5"], "")
+    assert out.split() == ["once", "first", "5"]
+    # transformers says where PyTorch is not there; in one process of the three.
+    assert not err or (err.count("\n"), "PyTorch was not found" in err) == (1, True)
 
 
 def marked(mark):

@@ -117,6 +117,7 @@ class _Worker:
         environ = {
             "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
             "RAYON_NUM_THREADS": str(num_threads),
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # this process has given them
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "JAX_PLATFORMS": "cpu",  # should anything import it, no device is taken
