@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_sft.config import SFTConfig
 from jax_sft.data.batches import Batches
-from jax_sft.data.types import Batch, Examples
+from jax_sft.data.types import Batch, Examples, check_ids
 from jax_sft.evaluate import sweep
 from jax_sft.inputs import Inputs
 from jax_sft.model.causal_lm import CausalLM, Placement
@@ -109,16 +109,10 @@ def check_inputs(config: SFTConfig, model: CausalLM, inputs: Inputs) -> None:
     """
     _check_best_metric(config, inputs)
     decoder = model.decoder.config
-    examples = [inputs.train.examples, *(held_out.examples for held_out in inputs.evals.values())]
-    largest = max(
-        (int(part.max()) for some in examples for part in (some.inputs, some.targets) if part.size),
-        default=0,
-    )
-    if largest >= decoder.vocab_size:
-        raise ValueError(
-            f"the tokenizer made token id {largest}, but the model's vocabulary has "
-            f"{decoder.vocab_size} entries: set tokenizer.tokenizer_path to the model's own"
-        )
+    for example_set in (inputs.train, *inputs.evals.values()):
+        check_ids(example_set.examples, vocab_size=decoder.vocab_size)
+    if inputs.stream is not None:
+        inputs.stream.vocab_size = decoder.vocab_size
     samplings = [Sampling(**kwargs) for _, kwargs in sweep(config.method.gen_kwargs.to_dict())]
     if inputs.prompts is not None:
         longest = max(sampling.max_new_tokens for sampling in samplings)

@@ -381,3 +381,11 @@ def test_prompts_that_are_answered_already_are_errors():
     for prompts in ([[USER, ANSWER]], [{"messages": [USER, ANSWER]}]):
         with pytest.raises(ValueError, match=r"eval_prompts\[0\] ends in a message"):
             load_eval_prompts(prompts)
+
+
+def test_roles_may_be_in_capitals():
+    messages = [{"role": "User", "content": "a"}, {"role": "ASSISTANT", "content": "b"}]
+    assert shown(read_conversation(messages, "row")) == [
+        ("user", "a", 0.0),
+        ("assistant", "b", 1.0),
+    ]

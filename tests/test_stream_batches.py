@@ -150,7 +150,8 @@ def test_windows_without_an_example_are_passed_over():
     batches = stream_batches([*ROWS[:10], *long_prompts, *ROWS[10:]])
     assert sorted(examples_in(all_batches(batches))) == expected_examples()
     nothing = stream_batches(long_prompts)
-    with pytest.raises(ValueError, match="no example is left to train on in the first 300 rows"):
+    expected = r"no example is left .* first 300 rows of .*dropped: 300 no trained token\)"
+    with pytest.raises(ValueError, match=expected):
         _ = nothing.first
 
 
@@ -171,3 +172,13 @@ def test_the_fingerprint_is_of_the_data_and_the_options():
     prints = {stream_batches(**options).fingerprint for options in others}
     prints.add(stream_batches(ROWS[1:]).fingerprint)
     assert len(prints | {one}) == 6
+
+
+def test_ids_outside_the_models_vocabulary_stop_the_run_when_they_are_read():
+    batches = stream_batches()
+    batches.vocab_size = 257
+    assert len(all_batches(batches))
+    batches = stream_batches()
+    batches.vocab_size = 195
+    with pytest.raises(ValueError, match="made token id 256, but the model's vocabulary has 195"):
+        all_batches(batches)

@@ -14,6 +14,7 @@ from small_tokenizers import (
 )
 from transformers import AutoTokenizer
 
+from jax_sft.data import tokenization
 from jax_sft.data.samples import read_samples
 from jax_sft.data.tokenization import (
     Encoding,
@@ -409,3 +410,35 @@ def test_a_template_that_fails_is_a_bad_row():
         chats(template)
     (examples, counts), _ = chats(template, on_bad_row="skip")
     assert not len(examples) and counts.dropped == {"template_error": 1}
+
+
+def test_texts_are_encoded_some_at_a_time(monkeypatch):
+    samples = [[f"{n} +" * n, " x" * n] for n in range(1, 9)]
+    expected, _ = tokenize(samples)
+    monkeypatch.setattr(tokenization, "_CHARACTERS_A_CALL", 20)
+    examples, counts = tokenize(samples)
+    assert counts.kept == 8
+    for name in ("inputs", "targets", "weights", "offsets"):
+        np.testing.assert_array_equal(getattr(examples, name), getattr(expected, name))
+
+
+def test_a_sentencepiece_model_alone_is_used_as_llama_does(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("hello world\nhello there\nthe other world\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("hello world", "the 3 others", " two  spaces"):
+        assert tokenizer.encode(text, add_special_tokens=False) == own.encode(text)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")

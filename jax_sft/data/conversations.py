@@ -191,12 +191,12 @@ def _read_message(message: Any, where: str) -> tuple[dict[str, Any], float | Non
 def _role(role: Any, where: str) -> str:
     if role is None:
         raise BadRow(f"{where} has no role; write role and content", reason="missing_field")
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role.lower() not in _ROLES:
         raise BadRow(
             f"{where} has the role {short(role)}; known are {', '.join(_ROLES)}",
             reason="unknown_role",
         )
-    return _ROLES[role]
+    return _ROLES[role.lower()]
 
 
 def _content(content: Any, where: str) -> str:

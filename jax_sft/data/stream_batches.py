@@ -27,7 +27,7 @@ from jax_sft.data.batches import EndOfStream, name_samples, place_rows
 from jax_sft.data.packing import Plan, fill_rows, plan_rows
 from jax_sft.data.streams import Stream
 from jax_sft.data.tokenization import Encoding, tokenize_rows
-from jax_sft.data.types import Batch, Counts, Examples, join_examples
+from jax_sft.data.types import Batch, Counts, Examples, check_ids, join_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,6 +110,7 @@ class StreamBatches:
         self.seed, self.shuffle, self.packing = seed, shuffle, packing
         self.look_ahead = look_ahead
         self.counts = Counts()
+        self.vocab_size: int | None = None  # of the model, once it is known
         self._lock = threading.Lock()  # steps are prepared in a thread, and named in another
         self._windows: list[Window] = []
         self._rows: Iterator[tuple[int, Any]] | None = None
@@ -124,10 +125,14 @@ class StreamBatches:
         """
         window = self._read(Mark(), self.stream.rows_from(0))
         if not len(window.examples):
+            dropped = ", ".join(
+                f"{number:,} {reason.replace('_', ' ')}"
+                for reason, number in window.counts.dropped.items()
+            )
             raise ValueError(
-                f"no example is left to train on in the first {window.counts.rows_read} rows of "
-                f"{self.stream.source}; raise train.seq_length or data.look_ahead, or stream "
-                "other data"
+                f"no example is left to train on in the first {window.counts.rows_read:,} rows of "
+                f"{self.stream.source} (dropped: {dropped}); stream other data, or see "
+                "train.seq_length and data.train_turns"
             )
         return window
 
@@ -246,6 +251,8 @@ class StreamBatches:
             num_tokens += int(part.lengths.sum())
             next_source_row = block[-1][0] + 1
         examples = join_examples(blocks, tokenizer=self.tokenizer, origins=origins)
+        if self.vocab_size is not None and len(examples):
+            check_ids(examples, vocab_size=self.vocab_size)
         plan = plan_rows(
             examples.lengths_N,
             self.seq_length,

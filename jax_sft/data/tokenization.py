@@ -38,6 +38,7 @@ AddEos = bool | Literal["last"]
 Shifted = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 ROWS_A_BLOCK = 2000  # fast tokenizers spread one call's texts over the cores
+_CHARACTERS_A_CALL = 4_000_000  # of which each takes a tokenizer 100 to 200 bytes
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,12 @@ def load_tokenizer(
     Raises:
         ValueError: there is no tokenizer to load under this path.
     """
-    from transformers import AutoTokenizer  # takes seconds to import; most modules need none
+    # They take seconds to import; most modules need none.
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        kind = LlamaTokenizer if _is_bare_sentencepiece(Path(path)) else AutoTokenizer
+        tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -150,6 +153,16 @@ def _read_chat_template(template: str) -> str:
             f"tokenizer.chat_template {template!r} has no braces, so that it names a file, and it "
             f"cannot be read ({error}); pass a Jinja template, or a file of one"
         ) from error
+
+
+def _is_bare_sentencepiece(folder: Path) -> bool:
+    """Whether a folder has a SentencePiece model and nothing that says how it is used.
+
+    Causal models with such a file use it as Llama does: a space in front, BOS, byte fallback.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json")
+    has_model = (folder / "tokenizer.model").is_file()
+    return has_model and not any((folder / name).exists() for name in names)
 
 
 def tokenize_samples(
@@ -313,6 +326,17 @@ class _Block:
         )
 
     def _encode(self, sequences: list[_Sequence], bos_ids: list[int]) -> None:
+        """Encodes sequences some at a time, since a tokenizer takes many bytes a character."""
+        waiting, num_characters = [], 0
+        for sequence in sequences:
+            waiting.append(sequence)
+            num_characters += sum(len(turn.text) for turn in sequence.turns)
+            if num_characters > _CHARACTERS_A_CALL:
+                self._encode_together(waiting, bos_ids)
+                waiting, num_characters = [], 0
+        self._encode_together(waiting, bos_ids)
+
+    def _encode_together(self, sequences: list[_Sequence], bos_ids: list[int]) -> None:
         dialogues = encode_dialogues(
             [[turn.text for turn in sequence.turns] for sequence in sequences],
             self._tokenizer,

@@ -346,6 +346,20 @@ def join_examples(
     )
 
 
+def check_ids(examples: Examples, *, vocab_size: int) -> None:
+    """Checks that every token id is one of a vocabulary.
+
+    Raises:
+        ValueError: one is not.
+    """
+    largest = max(int(ids.max(initial=0)) for ids in (examples.inputs, examples.targets))
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer made token id {largest}, but the model's vocabulary has "
+            f"{vocab_size} entries: set tokenizer.tokenizer_path to the model's own"
+        )
+
+
 class Batch(NamedTuple):
     """Rows of packed examples; here one row with two examples and a padded tail.
 
