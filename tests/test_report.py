@@ -270,9 +270,7 @@ def test_answers_that_train_no_stop_token_are_refused():
     ):
         check("messages", untruncated_answers=3, answers_without_stop=3)
     check("tokens", **stops, answers_without_stop=2)
-    with pytest.raises(
-        ValueError, match="3 of 3 untruncated answers.*; end them in one, name"
-    ):
+    with pytest.raises(ValueError, match="3 of 3 untruncated answers.*; end them in one, name"):
         check("tokens", untruncated_answers=3, answers_without_stop=3)
     with pytest.raises(ValueError, match="nothing would be trained: 0 rows"):
         check_trained(ExampleSet(examples, Counts(), ()))

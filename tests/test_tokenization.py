@@ -439,6 +439,6 @@ def test_a_sentencepiece_model_alone_is_used_as_llama_does(tmp_path):
     )
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = load_tokenizer(tmp_path)
-    for text in ("hello world", "the 3 others", " two  spaces"):
+    for text in ("hello world", "the 3 others", "two  spaces"):
         assert tokenizer.encode(text, add_special_tokens=False) == own.encode(text)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
