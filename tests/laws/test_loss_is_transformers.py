@@ -79,8 +79,11 @@ def transformers_loss(folder, samples, tokenizer):
     return np.average(losses, weights=counts), sum(counts)
 
 
-@pytest.mark.parametrize("samples", [TEXTS, PAIRS, CHATS], ids=["texts", "pairs", "chats"])
-@pytest.mark.parametrize("packing", ["best_fit", "none"])
+@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize(
+    ("samples", "packing"),
+    [(TEXTS, "best_fit"), (PAIRS, "best_fit"), (CHATS, "best_fit"), (CHATS, "none")],
+)
 def test_the_loss_is_that_of_each_sample_alone(samples, packing, tmp_path):
     config = tiny_config(
         tmp_path / "run",
