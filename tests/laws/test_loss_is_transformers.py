@@ -79,7 +79,6 @@ def transformers_loss(folder, samples, tokenizer):
     return np.average(losses, weights=counts), sum(counts)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize(
     ("samples", "packing"),
     [(TEXTS, "best_fit"), (PAIRS, "best_fit"), (CHATS, "best_fit"), (CHATS, "none")],
