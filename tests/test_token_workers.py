@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,9 @@ def test_what_a_worker_prints_is_no_answer(capfd):
 
 # A script as people write it, without `if __name__ == "__main__"`, in which JAX has threads.
 SCRIPT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 import jax.numpy as jnp
 jnp.ones(8).sum().block_until_ready()
 from small_tokenizers import packaged_bytes
@@ -183,13 +186,17 @@ def marked(mark):
 def test_no_process_outlives_the_one_that_started_it(tmp_path, sent):
     mark = f"{os.getpid()}-{sent}"
     process = start_script(tmp_path, 1_000_000, mark)
-    assert [process.stdout.readline() for _ in range(2)] == ["once\n", "first\n"]
-    assert len(marked(mark)) == 3
-    if sent == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    else:
-        process.kill()
-    out, err = process.communicate(timeout=30)
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["once\n", "first\n"]
+        assert len(marked(mark)) == 3
+        if sent == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        else:
+            process.kill()
+        out, err = process.communicate(timeout=30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)

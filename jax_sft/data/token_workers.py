@@ -186,6 +186,7 @@ def _answer(source: IO[bytes], answers: IO[bytes]) -> None:
             answer: Any = tokenize_rows(*block, *task)
         except Exception as error:  # whatever it is, the other process raises it
             answer = error
+        sys.stdout.flush()  # a process that is not needed any more is killed
         answers.write(_as_answer(answer))
         answers.flush()
 
