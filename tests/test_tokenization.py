@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 from small_tokenizers import (
     ALL,
     BYTE_TOKENIZER,
@@ -423,7 +424,6 @@ def test_texts_are_encoded_some_at_a_time(monkeypatch):
 
 
 def test_a_sentencepiece_model_alone_is_used_as_llama_does(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("hello world\nhello there\nthe other world\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
