@@ -228,7 +228,7 @@ def check_trained(example_set: ExampleSet, *, stop_tokens: Sequence[str] = ()) -
     if not counts.kept:
         raise ValueError(
             f"nothing would be trained: {counts.rows_read:,} rows were read, and none was kept"
-            f"{_listed(counts.dropped)}; see their problems in the data report, and check the "
+            f"{counts.dropped_in_words}; see their problems in the data report, and check the "
             "data's fields, train.seq_length, data.filter and data.train_turns"
         )
     for source in example_set.sources:
@@ -257,11 +257,6 @@ def _check_stop_tokens(source: Source, stop_tokens: Sequence[str]) -> None:
         f"{num_without:,} of {num_answers:,} untruncated answers of {source.name} train no stop "
         f"token{looked_for}, so the model would not learn to stop; {remedy}"
     )
-
-
-def _listed(dropped: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{number:,} {_words(reason)}" for reason, number in dropped.items())
-    return f" (dropped: {reasons})" if reasons else ""
 
 
 def _words(name: str) -> str:

@@ -125,13 +125,9 @@ class StreamBatches:
         """
         window = self._read(Mark(), self.stream.rows_from(0))
         if not len(window.examples):
-            dropped = ", ".join(
-                f"{number:,} {reason.replace('_', ' ')}"
-                for reason, number in window.counts.dropped.items()
-            )
             raise ValueError(
                 f"no example is left to train on in the first {window.counts.rows_read:,} rows of "
-                f"{self.stream.source} (dropped: {dropped}); stream other data, or see "
+                f"{self.stream.source}{window.counts.dropped_in_words}; stream other data, or see "
                 "train.seq_length and data.train_turns"
             )
         return window

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -150,16 +150,7 @@ def open_stream(
             f"data.filter {filter!r} keeps no row of {rows.source}; correct it, or set None"
         )
     reader = reader.for_rows([row for _, row in first], [rows.name(index) for index, _ in first])
-    return Stream(
-        reader.format,
-        rows.source,
-        reader.content,
-        rows.name,
-        rows.rows_from,
-        keep,
-        rows.are_cells,
-        max_samples,
-    )
+    return replace(stream, format=reader.format, to_content=reader.content)
 
 
 @dataclass(frozen=True)

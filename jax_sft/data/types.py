@@ -433,6 +433,12 @@ class Counts:
             if len(shown) < NUM_SHOWN:
                 shown.append(problem)
 
+    @property
+    def dropped_in_words(self) -> str:
+        """What was dropped, as " (dropped: 3 over length, 1 filter)"; "" where nothing was."""
+        reasons = (f"{number:,} {name.replace('_', ' ')}" for name, number in self.dropped.items())
+        return f" (dropped: {', '.join(reasons)})" if self.dropped else ""
+
     def add(self, other: Counts) -> None:
         """Adds what another part of the rows became."""
         for name in vars(self):
