@@ -114,7 +114,11 @@ KEYS: dict[str, dict[str, Key]] = {
         "init": _choice("pretrained", ("pretrained", "random"), "where the weights come from"),
         "config": Key({}, "dict", "transformers config fields; all of them for init='random'"),
         "dtype": _choice("auto", ("auto", "float32", "bfloat16"), "compute; auto: float32 on CPU"),
-        "param_dtype": _choice("auto", ("auto", "float32", "bfloat16"), "weights; auto: float32"),
+        "param_dtype": _choice(
+            "auto",
+            ("auto", "float32", "bfloat16"),
+            "weights; auto: float32; see docs/memory.md",
+        ),
         "remat": _choice(
             "dots",
             ("dots", "none", "offload", "minimal", "full"),
@@ -140,6 +144,8 @@ KEYS: dict[str, dict[str, Key]] = {
             "dict",
             "arguments of the optimizer; those left out have torch.optim's defaults",
         ),
+        "state_dtype": _choice("float32", ("float32", "bfloat16"), "moments; see docs/memory.md"),
+        "grad_dtype": _choice("float32", ("float32", "bfloat16"), "gradients; see docs/memory.md"),
         "max_grad_norm": Key(
             None, "float", "clips the gradients' global norm; None: no clipping", above=0
         ),
@@ -405,5 +411,5 @@ def checked(path: str, key: Key, value: Any) -> Any:
 
 def _advice(path: str, value: Any) -> str:
     if path == "optimizer.name" and "8bit" in str(value):
-        return " (for less optimizer memory take adafactor)"
+        return " (for less optimizer memory take adafactor, or optimizer.state_dtype=bfloat16)"
     return ""

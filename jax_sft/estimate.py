@@ -88,7 +88,7 @@ class Estimator:
         """Estimates bytes a device by kind.
 
         Parameters, optimizer and batch are exact but for the padding of a vocabulary. Gradients
-        are those of the trained parameters in float32, several times where microbatches are
+        are those of the trained parameters in their dtype, several times where microbatches are
         summed; activations what the backward pass is given; the loss a chunk's logits, the whole
         vocabulary and its gradient; working memory a layer's weights, twice, and what its
         backward pass computes again.
@@ -101,11 +101,13 @@ class Estimator:
         tokens = rows * train.seq_length / split.sequence
         vocabulary = c.vocab_size / split.tensor
         width = c.embed_width or c.width
-        gradients = self._bytes(kept, split, itemsize=4)
+        is_whole = num_parts == 1 and self.model.decoder.numerics.param_dtype == jnp.bfloat16
+        is_low = self._config.optimizer.grad_dtype == "bfloat16" or is_whole
+        gradients = self._bytes(kept, split, itemsize=2 if is_low else 4)
         # What is offloaded is on the host.
         remat = "minimal" if split.remat == "offload" else split.remat
         activations = sum(self._kept_bytes(leaf, split) for leaf in self._kept(remat))
-        chunk = rows * find_chunk_len(math.ceil(rows), train.seq_length // split.sequence)
+        chunk = find_chunk_len(math.ceil(tokens))
         return {
             "parameters": self._bytes(state.params, split),
             "optimizer": self._bytes((state.step, state.opt_state), split),

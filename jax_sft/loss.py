@@ -3,9 +3,9 @@
 In: hidden states, the vocabulary, shifted targets, weights. Out: the weighted sum of losses
 and the sum of weights; whoever calls divides, once, when every sum is in. Tokens go in chunks,
 and a chunk's gradient is made while its logits are there, so that training multiplies with the
-vocabulary three times (logits, and the gradients of both factors) and keeps no logits. Trained
-tokens are moved to the front of their row, and what is left behind them, such as prompts, is
-never multiplied with the vocabulary at all:
+vocabulary three times (logits, and the gradients of both factors) and keeps no logits. A
+device's trained tokens, of all its rows, are moved to the front, and what is left behind them,
+such as prompts, is never multiplied with the vocabulary at all:
 
     weights      0 0 1 1 0 0 1 0        in the data's order
     moved        1 1 1|0 0 0|0 0        chunks of three: one of three is computed
@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from jax_sft.sharding import Out, map_over_devices, max_over, part_index, sum_over
 
-_CHUNK_TOKENS = 1024  # at a time on a device, over all its rows; their logits are in memory
-_MIN_CHUNK_LEN = 64  # of a row
+_CHUNK_LEN = 512  # tokens of a device, of all its rows, whose logits are in memory
 
 
 def cross_entropy(
@@ -60,7 +59,7 @@ def cross_entropy(
         weight_sum: float32 scalar, the sum of the weights.
     """
     loss_sum = _loss_sum(
-        (vocab_size, softcap, z_loss, label_smoothing),
+        (vocab_size, vocabulary_VD.shape[0] > vocab_size, softcap, z_loss, label_smoothing),
         hidden_BTD,
         vocabulary_VD,
         bias_V,
@@ -70,9 +69,9 @@ def cross_entropy(
     return loss_sum, jnp.sum(weights_BT)
 
 
-def find_chunk_len(num_rows: int, row_len: int) -> int:
-    """Returns how many tokens of each of a device's rows meet the vocabulary at a time."""
-    return min(max(_CHUNK_TOKENS // num_rows, _MIN_CHUNK_LEN), row_len)
+def find_chunk_len(num_tokens: int) -> int:
+    """Returns how many of a device's tokens meet the vocabulary at a time."""
+    return min(_CHUNK_LEN, num_tokens)
 
 
 # What the loss is differentiated by, in the order of the arguments.
@@ -121,27 +120,27 @@ def _on_devices(options, wanted, hidden_BTD, vocabulary_VD, bias_V, targets_BT, 
 
 def _sums(options, wanted, hidden_BTD, vocabulary_VD, bias_V, targets_BT, weights_BT):
     """Sums one device's losses, and their gradients."""
-    num_rows, num_tokens = targets_BT.shape
-    chunk_len = find_chunk_len(num_rows, num_tokens)
-    order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
+    num_tokens = targets_BT.size
+    chunk_len = find_chunk_len(num_tokens)
+    weights_N = weights_BT.reshape(-1)
+    order_N = jnp.argsort(weights_N == 0, stable=True)
 
-    def arrange(x: jax.Array) -> jax.Array:
-        """Trained tokens first, in rows of a multiple of chunk_len."""
-        moved = _move(x, order_BT)
-        return jnp.pad(moved, ((0, 0), (0, -num_tokens % chunk_len)) + ((0, 0),) * (x.ndim - 2))
+    def arrange(x_BT: jax.Array) -> jax.Array:
+        """All rows as one, the trained tokens first, in a multiple of chunk_len."""
+        moved = jnp.asarray(x_BT).reshape(num_tokens, *x_BT.shape[2:])[order_N]
+        return jnp.pad(moved, ((0, -num_tokens % chunk_len),) + ((0, 0),) * (moved.ndim - 1))
 
     tokens = [arrange(x) for x in (hidden_BTD, targets_BT, weights_BT)]
 
     def add_chunk(i, sums):
         loss_sum, grads = sums
         start = i * chunk_len
-        chunk = [jax.lax.dynamic_slice_in_dim(x, start, chunk_len, axis=1) for x in tokens]
+        chunk = [jax.lax.dynamic_slice_in_dim(x, start, chunk_len) for x in tokens]
         loss, found = _chunk_sums(options, wanted, vocabulary_VD, bias_V, *chunk)
         grads = dict(grads)
         for which, grad in found.items():
             if which == _HIDDEN:
-                update = jax.lax.dynamic_update_slice_in_dim
-                grads[which] = update(grads[which], grad, start, axis=1)
+                grads[which] = jax.lax.dynamic_update_slice_in_dim(grads[which], grad, start, 0)
             else:
                 grads[which] = grads[which] + grad
         return loss_sum + loss, grads
@@ -151,63 +150,64 @@ def _sums(options, wanted, hidden_BTD, vocabulary_VD, bias_V, targets_BT, weight
         _VOCABULARY: jnp.zeros(vocabulary_VD.shape, jnp.float32),
         _BIAS: jnp.zeros(0 if bias_V is None else bias_V.shape, jnp.float32),
     }
-    num_trained = jnp.max(jnp.sum(weights_BT != 0, axis=1))
+    num_chunks = -(-jnp.sum(weights_N != 0) // chunk_len)
     none = (jnp.float32(0), {which: zeros[which] for which in wanted})
-    loss_sum, grads = jax.lax.fori_loop(0, -(-num_trained // chunk_len), add_chunk, none)
+    loss_sum, grads = jax.lax.fori_loop(0, num_chunks, add_chunk, none)
     if _HIDDEN in grads:
-        grads[_HIDDEN] = _move(grads[_HIDDEN][:, :num_tokens], jnp.argsort(order_BT, axis=1))
+        d_hidden_ND = grads[_HIDDEN][jnp.argsort(order_N)]
+        grads[_HIDDEN] = d_hidden_ND.reshape(hidden_BTD.shape)
     return loss_sum, *(grads[which] for which in wanted)
 
 
-def _move(x: jax.Array, order_BT: jax.Array) -> jax.Array:
-    order = order_BT.reshape(order_BT.shape + (1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, order, axis=1)
-
-
-def _chunk_sums(options, wanted, vocabulary_VD, bias_V, hidden_BCD, targets_BC, weights_BC):
+def _chunk_sums(options, wanted, vocabulary_VD, bias_V, hidden_ND, targets_N, weights_N):
     """Sums the losses of a chunk of tokens, and their gradients, over the whole vocabulary."""
-    vocab_size, softcap, z_loss, label_smoothing = options
+    vocab_size, is_padded, softcap, z_loss, label_smoothing = options
     num_here = vocabulary_VD.shape[0]
-    ids_11V = (part_index("vocab") * num_here + jnp.arange(num_here))[None, None]
-    is_real_11V, is_target_BCV = ids_11V < vocab_size, ids_11V == targets_BC[..., None]
-    logits_BCV = jnp.einsum(
-        "BCD,VD->BCV", hidden_BCD, vocabulary_VD, preferred_element_type=jnp.float32
+    first = part_index("vocab") * num_here
+    is_real_1V = (first + jnp.arange(num_here) < vocab_size)[None]
+    logits_NV = jnp.einsum(
+        "ND,VD->NV", hidden_ND, vocabulary_VD, preferred_element_type=jnp.float32
     )
     if bias_V is not None:
-        logits_BCV = logits_BCV + bias_V.astype(jnp.float32)[None, None]
+        logits_NV = logits_NV + bias_V.astype(jnp.float32)[None]
     if softcap is not None:
-        logits_BCV = softcap * jnp.tanh(logits_BCV / softcap)
-    real_BCV = jnp.where(is_real_11V, logits_BCV, -jnp.inf)
-    largest_BC = max_over(jnp.max(real_BCV, axis=-1), "vocab")
-    exp_BCV = jnp.exp(real_BCV - largest_BC[..., None])
-    total_BC = sum_over(jnp.sum(exp_BCV, axis=-1), "vocab")
-    target_BC = sum_over(jnp.sum(logits_BCV, axis=-1, where=is_target_BCV), "vocab")
-    logsumexp_BC = largest_BC + jnp.log(total_BC)
-    loss_BC = logsumexp_BC - (1.0 - label_smoothing) * target_BC
+        logits_NV = softcap * jnp.tanh(logits_NV / softcap)
+    real_NV = jnp.where(is_real_1V, logits_NV, -jnp.inf) if is_padded else logits_NV
+    largest_N = max_over(jnp.max(real_NV, axis=-1), "vocab")
+    exp_NV = jnp.exp(real_NV - largest_N[:, None])
+    total_N = sum_over(jnp.sum(exp_NV, axis=-1), "vocab")
+    # Of the targets, one device in a row of `tensor` has each.
+    here_N = targets_N - first
+    found_N = jnp.take_along_axis(logits_NV, jnp.clip(here_N, 0, num_here - 1)[:, None], 1)[:, 0]
+    is_here_N = (here_N >= 0) & (here_N < num_here)
+    target_N = sum_over(jnp.where(is_here_N, found_N, 0.0), "vocab")
+    logsumexp_N = largest_N + jnp.log(total_N)
+    loss_N = logsumexp_N - (1.0 - label_smoothing) * target_N
     if label_smoothing:
-        sum_BC = sum_over(jnp.sum(logits_BCV, axis=-1, where=is_real_11V), "vocab")
-        loss_BC = loss_BC - label_smoothing / vocab_size * sum_BC
+        sum_N = sum_over(jnp.sum(logits_NV, axis=-1, where=is_real_1V), "vocab")
+        loss_N = loss_N - label_smoothing / vocab_size * sum_N
     if z_loss:
-        loss_BC = loss_BC + z_loss * jnp.square(logsumexp_BC)
-    loss_sum = jnp.sum(loss_BC * weights_BC)
+        loss_N = loss_N + z_loss * jnp.square(logsumexp_N)
+    loss_sum = jnp.sum(loss_N * weights_N)
     if not wanted:
         return loss_sum, {}
     # The derivative of each term by the logits: softmax, twice z · logsumexp · softmax, and what
     # the target and the smoothing take off.
-    factor_BC = weights_BC * (1.0 + 2.0 * z_loss * logsumexp_BC) / total_BC
-    d_logits_BCV = exp_BCV * factor_BC[..., None]
-    taken_BCV = jnp.where(is_target_BCV, 1.0 - label_smoothing, 0.0)
+    factor_N = weights_N * (1.0 + 2.0 * z_loss * logsumexp_N) / total_N
+    d_logits_NV = exp_NV * factor_N[..., None]
+    is_target_NV = jnp.arange(num_here)[None] == here_N[:, None]
+    taken_NV = jnp.where(is_target_NV, 1.0 - label_smoothing, 0.0)
     if label_smoothing:
-        taken_BCV = taken_BCV + jnp.where(is_real_11V, label_smoothing / vocab_size, 0.0)
-    d_logits_BCV = d_logits_BCV - taken_BCV * weights_BC[..., None]
+        taken_NV = taken_NV + jnp.where(is_real_1V, label_smoothing / vocab_size, 0.0)
+    d_logits_NV = d_logits_NV - taken_NV * weights_N[..., None]
     if softcap is not None:
-        d_logits_BCV = d_logits_BCV * (1.0 - jnp.square(logits_BCV / softcap))
-    found = {_BIAS: jnp.sum(d_logits_BCV, axis=(0, 1))} if _BIAS in wanted else {}
-    d_logits_BCV = d_logits_BCV.astype(hidden_BCD.dtype)
+        d_logits_NV = d_logits_NV * (1.0 - jnp.square(logits_NV / softcap))
+    found = {_BIAS: jnp.sum(d_logits_NV, axis=0)} if _BIAS in wanted else {}
+    d_logits_NV = d_logits_NV.astype(hidden_ND.dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     if _HIDDEN in wanted:
-        d_hidden_BCD = sum_over(dot("BCV,VD->BCD", d_logits_BCV, vocabulary_VD), "vocab")
-        found[_HIDDEN] = d_hidden_BCD.astype(hidden_BCD.dtype)
+        d_hidden_ND = sum_over(dot("NV,VD->ND", d_logits_NV, vocabulary_VD), "vocab")
+        found[_HIDDEN] = d_hidden_ND.astype(hidden_ND.dtype)
     if _VOCABULARY in wanted:
-        found[_VOCABULARY] = dot("BCV,BCD->VD", d_logits_BCV, hidden_BCD)
+        found[_VOCABULARY] = dot("NV,ND->VD", d_logits_NV, hidden_ND)
     return loss_sum, found

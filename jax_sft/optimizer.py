@@ -75,8 +75,8 @@ def _make(makers: Mapping[str, Callable], kind: str, name: str, kwargs: Mapping,
     """Calls the named maker; its keyword arguments are the kwargs that the name takes."""
     if name not in makers:
         known = f"expected one of {', '.join(makers)}"
-        hint = "; for less optimizer memory take adafactor" if "8bit" in name else ""
-        raise ValueError(f"{kind}.name is {name!r}; {known}{hint}")
+        hint = "; for less optimizer memory take adafactor, or optimizer.state_dtype=bfloat16"
+        raise ValueError(f"{kind}.name is {name!r}; {known}{hint if '8bit' in name else ''}")
     takes = makers[name].__kwdefaults__ or {}
     for argument in kwargs:
         if argument not in takes:

@@ -280,8 +280,8 @@ def _too_large(
 def _loss_chunks(config: SFTConfig, split: Split) -> int:
     """Turns of the loss's loop, the only one that stops early: as if every token were trained."""
     rows = split.minibatch_size // (split.data * split.fsdp)
-    tokens = config.train.seq_length // split.sequence
-    return -(-tokens // find_chunk_len(rows, tokens))
+    tokens = rows * config.train.seq_length // split.sequence
+    return -(-tokens // find_chunk_len(tokens))
 
 
 def _network_seconds(collectives: Counter[Collective], topology: Topology, split: Split) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from jax_sft.data.batches import Batches
 from jax_sft.data.types import Batch, Examples, check_ids
 from jax_sft.evaluate import sweep
 from jax_sft.inputs import Inputs
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import DTYPES, CausalLM, Placement
 from jax_sft.model.decoder import Decoder
 from jax_sft.model.lora import is_adapter
 from jax_sft.optimizer import make_optimizer, make_schedule, trained_mask
@@ -237,8 +238,13 @@ def make_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update
     train, mesh = config.train, model.mesh
     trained = trained_params(config, model)
     optimizer, schedule = _make_optimizer(config, num_steps)
+    state_dtype = DTYPES[config.optimizer.state_dtype]
     structs = state_structs(
-        model.param_structs(), optimizer, trained=trained, replicated=named_sharding(mesh)
+        model.param_structs(),
+        optimizer,
+        trained=trained,
+        replicated=named_sharding(mesh),
+        state_dtype=state_dtype,
     )
     shardings = jax.tree.map(lambda struct: struct.sharding, structs)
     step = functools.partial(
@@ -250,10 +256,29 @@ def make_update(config: SFTConfig, model: CausalLM, *, num_steps: int) -> Update
         num_microbatches=train.batch_size // (train.minibatch_size or train.batch_size),
         max_grad_norm=config.optimizer.max_grad_norm,
         seed=train.seed,
+        grad_dtypes=_grad_dtypes(config, model),
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, named_sharding(mesh)))
-    init = functools.partial(init_state, optimizer=optimizer, trained=trained)
+    init = functools.partial(
+        init_state, optimizer=optimizer, trained=trained, state_dtype=state_dtype
+    )
     return Update(jax.jit(init, donate_argnums=0, out_shardings=shardings), jitted, structs)
+
+
+def _grad_dtypes(config: SFTConfig, model: CausalLM) -> dict:
+    """Returns a tree of dtypes like the params; what is computed with in float32 stays in it."""
+    asked, compute = config.optimizer.grad_dtype, jnp.dtype(model.decoder.numerics.dtype).name
+    if asked == "bfloat16" and compute != "bfloat16":
+        raise ValueError(
+            f"optimizer.grad_dtype is bfloat16, but model.dtype is {compute}: set both to bfloat16"
+        )
+
+    def dtype(path: tuple, _: Any) -> Any:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        is_precise = name in ("bias", "scale") or name.startswith("lora_")
+        return DTYPES["float32" if is_precise else asked]
+
+    return jax.tree_util.tree_map_with_path(dtype, model.param_structs())
 
 
 def compile_step(

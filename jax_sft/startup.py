@@ -57,8 +57,8 @@ def print_start(
         "precision",
         f"{numerics.param_dtype.__name__} parameters, "
         f"{'float32 adapters, ' if model.adapters is not None else ''}"
-        f"{numerics.dtype.__name__} compute; "
-        "norms, softmax, loss and sums in float32",
+        f"{numerics.dtype.__name__} compute, {config.optimizer.grad_dtype} gradients, "
+        f"{config.optimizer.state_dtype} moments; norms, softmax, loss and sums in float32",
     )
     reason = f", since {model.attention_reason}" if model.attention_reason else ""
     say("attention", f"{numerics.attention}{reason}")

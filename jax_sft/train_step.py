@@ -6,6 +6,7 @@ whose loss or gradient norm is not finite, or that trains no token, leaves the w
 it was and says so in `StepMetrics.ok`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import optax
 from jax_sft.data.types import Batch
 from jax_sft.loss import cross_entropy
 from jax_sft.model.decoder import Decoder, vocabulary
+from jax_sft.rounding import in_float32, kept_in, round_like
 
 # (params, batch, key) -> (loss_sum, weight_sum)
 LossFn = Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array]]
@@ -28,6 +30,8 @@ class TrainState(NamedTuple):
         step: int32 scalar, updates made so far.
         params: the whole parameter tree, trained or not.
         opt_state: optax state of the trained parameters alone.
+
+    Both may be kept in bfloat16; a step computes in float32, and rounds at random.
     """
 
     step: jax.Array
@@ -121,7 +125,12 @@ def batch_sums(
 
 
 def state_structs(
-    params: dict, optimizer: optax.GradientTransformation, *, trained: dict, replicated: Any
+    params: dict,
+    optimizer: optax.GradientTransformation,
+    *,
+    trained: dict,
+    replicated: Any,
+    state_dtype: Any = jnp.float32,
 ) -> TrainState:
     """Describes the state of a run without making it.
 
@@ -133,11 +142,15 @@ def state_structs(
         optimizer: optax chain.
         trained: tree of bools like the params.
         replicated: sharding of everything else.
+        state_dtype: of the optimizer's state.
 
     Returns:
         A TrainState of `jax.ShapeDtypeStruct` with shardings.
     """
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, trained=trained), params)
+    init = functools.partial(
+        init_state, optimizer=optimizer, trained=trained, state_dtype=state_dtype
+    )
+    state = jax.eval_shape(init, params)
     by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -156,14 +169,15 @@ def _keys(path: tuple) -> tuple[str, ...]:
 
 
 def init_state(
-    params: dict, optimizer: optax.GradientTransformation, *, trained: dict
+    params: dict,
+    optimizer: optax.GradientTransformation,
+    *,
+    trained: dict,
+    state_dtype: Any = jnp.float32,
 ) -> TrainState:
     """Builds the state of step 0; run it under jit with output shardings."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(partition(params, trained)[0]),
-    )
+    opt_state = optimizer.init(in_float32(partition(params, trained)[0]))
+    return TrainState(jnp.zeros((), jnp.int32), params, kept_in(opt_state, state_dtype))
 
 
 def train_step(
@@ -177,6 +191,7 @@ def train_step(
     num_microbatches: int,
     max_grad_norm: float | None,
     seed: int,
+    grad_dtypes: dict | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """Updates the trained parameters by one global batch.
 
@@ -189,15 +204,25 @@ def train_step(
         trained: tree of bools like the params.
         num_microbatches: parts that are run one after the other, to save memory.
         max_grad_norm: gradients are scaled down to this global norm; None for no limit.
-        seed: base of the dropout keys; each step and microbatch has its own.
+        seed: base of the keys of dropout and rounding; each step and microbatch has its own.
+        grad_dtypes: tree of dtypes like the params, float32 or bfloat16, that sums of gradients
+            over microbatches have. For bfloat16 the loss is given the parameter in bfloat16, so
+            that a gradient is never anything else. None: float32.
 
     Returns:
         The next state and the step's metrics.
     """
     kept, rest = partition(state.params, trained)
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    loss_key, rounding_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    if grad_dtypes is None:
+        grad_dtypes = jax.tree.map(lambda _: jnp.float32, trained)
     loss_sum, weight_sum, grads = _sum_over_microbatches(
-        lambda kept, *args: loss_fn(combine(kept, rest), *args), kept, batch, key, num_microbatches
+        lambda kept, *args: loss_fn(combine(kept, rest), *args),
+        kept,
+        batch,
+        loss_key,
+        num_microbatches=num_microbatches,
+        grad_dtypes=partition(grad_dtypes, trained)[0],
     )
     # One division, by the global weight: exact for any mesh and any number of microbatches.
     divisor = jnp.maximum(weight_sum, jnp.finfo(jnp.float32).tiny)
@@ -208,9 +233,10 @@ def train_step(
     if max_grad_norm is not None:
         shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda g: g * shrink, grads)
-    grads = jax.tree.map(lambda g, param: g.astype(param.dtype), grads, kept)
-    updates, opt_state = optimizer.update(grads, state.opt_state, kept)
+    kept = in_float32(kept)
+    updates, opt_state = optimizer.update(grads, in_float32(state.opt_state), kept)
     new = TrainState(state.step + 1, combine(optax.apply_updates(kept, updates), rest), opt_state)
+    new = round_like(new, state, rounding_key)
     new = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state)
     metrics = StepMetrics(
         loss=loss,
@@ -224,8 +250,17 @@ def train_step(
 
 
 def _sum_over_microbatches(
-    loss_fn: LossFn, kept: dict, batch: Batch, key: jax.Array, num_microbatches: int
+    loss_fn: LossFn,
+    kept: dict,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    num_microbatches: int,
+    grad_dtypes: dict,
 ) -> tuple[jax.Array, jax.Array, dict]:
+    kept = jax.tree.map(
+        lambda x, dtype: x.astype(dtype) if dtype == jnp.bfloat16 else x, kept, grad_dtypes
+    )
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
         (loss_sum, weight_sum), grads = grad_fn(kept, batch, key)
@@ -240,7 +275,7 @@ def _sum_over_microbatches(
         (loss_sum, weight_sum), grads = grad_fn(kept, microbatch, key)
         return jax.tree.map(jnp.add, sums, (loss_sum, weight_sum, grads)), None
 
-    no_grads = jax.tree.map(lambda param: jnp.zeros_like(param, jnp.float32), kept)
+    no_grads = jax.tree.map(lambda x, dtype: jnp.zeros_like(x, dtype), kept, grad_dtypes)
     zeros = (jnp.float32(0), jnp.float32(0), no_grads)
     xs = (jax.tree.map(split, batch), jax.random.split(key, num_microbatches))
     return jax.lax.scan(add, zeros, xs)[0]

@@ -1,8 +1,9 @@
 """What every test runs under: eight CPU devices, no network, no silent rank promotion.
 
-What is cached in the user's home goes to a folder of the session instead. The variables must
-stand before jax is imported, which pytest does only after this file; child processes inherit
-them. Warnings are errors by pyproject.toml.
+What is cached in the user's home goes to a folder of the session instead, and so do compiled
+programs, which tests and the processes they start have from each other. The variables must stand
+before jax is imported, which pytest does only after this file; child processes inherit them.
+Warnings are errors by pyproject.toml.
 """
 
 import os
@@ -24,6 +25,10 @@ os.environ.setdefault("NPROC", "32")
 
 _CACHE = tempfile.TemporaryDirectory(prefix="jax_sft_tests_")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Of the process that starts the others; what compiles faster than it is read is not kept.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_CACHE.name, "compiled"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest  # noqa: E402
 

@@ -106,9 +106,6 @@ class Pods:
 def opened(folder: Path) -> Iterator[Pods]:
     """Starts what forks, and ends it."""
     environ = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "OPENBLAS_NUM_THREADS": "1",  # forking is for processes of one thread
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from tiny_models import paths_and_leaves, tiny_gpt2
 
-from jax_sft.model.decoder import empty_cache, init_params, logical_axes, mask_padding
+from jax_sft.model.decoder import (
+    empty_cache,
+    init_params,
+    logical_axes,
+    look_up,
+    mask_padding,
+)
 from jax_sft.model.layers import ACTIVATIONS
 from jax_sft.sharding import MESH_AXES
 
@@ -68,6 +74,21 @@ def test_parameters_are_those_of_the_docstring():
     # Every matrix can be split over the fsdp axis.
     for (path, leaf), names in zip(paths_and_leaves(model.params), named, strict=True):
         assert path.endswith(("bias", "scale")) or "embed" in names, (path, leaf.shape)
+
+
+@pytest.mark.parametrize("held", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_a_common_token_are_summed_in_float32(held):
+    """1,000 ones; a bfloat16 stays at 256, since 257 is none."""
+    rows_BT = jnp.zeros((2, 500), jnp.int32).at[1, 3].set(2)
+
+    def total(table_ND):
+        x_BTD = look_up(table_ND, rows_BT, axis="vocab", dtype=jnp.bfloat16)
+        return jnp.sum(x_BTD.astype(jnp.float32))
+
+    grads_ND = jax.jit(jax.grad(total))(jnp.ones((3, 4), held))
+    assert grads_ND.dtype == held
+    expected_N = np.array([999, 0, 1], np.float32).astype(held)
+    np.testing.assert_array_equal(grads_ND, np.tile(expected_N[:, None], 4))
 
 
 @pytest.mark.parametrize("num_layers_unfrozen", [0, 1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny_runs import SAMPLES, TINY_GPT2, compiled_once, tiny_config  # noqa: F401
+from tiny_runs import SAMPLES, TINY_GPT2, tiny_config
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import jax_sft

@@ -44,6 +44,7 @@ FLOORS = {
     "distributed": 0,
     "same_run": 4.5,
     "profiling": 0,
+    "rounding": 0,
     "run_folder": 1,
     "model_card": 0,
     "flops": 0,

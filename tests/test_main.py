@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import PROMPTS, SAMPLES, compiled_once, tiny_config  # noqa: F401
+from tiny_runs import PROMPTS, SAMPLES, tiny_config
 
 from jax_sft import export, generate, main
 from jax_sft.command import run_command

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_runs import compiled_once, tiny_config  # noqa: F401
+from tiny_runs import tiny_config
 
 from jax_sft import plan, planned_step
 from jax_sft.command import run_command

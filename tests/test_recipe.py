@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from small_tokenizers import packaged_bytes
-from tiny_runs import SAMPLES, TINY_GPT2, compiled_once, tiny_config  # noqa: F401
+from tiny_runs import SAMPLES, TINY_GPT2, tiny_config
 
 from jax_sft.inputs import load_inputs
 from jax_sft.recipe import (

@@ -12,7 +12,6 @@ from tiny_runs import (
     PROMPTS,
     SAMPLES,
     TINY_GPT2,
-    compiled_once,  # noqa: F401
     is_time,
     tiny_config,
 )
@@ -44,7 +43,7 @@ def lines_of(run_dir) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, compiled_once):  # noqa: F811
+def ran(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("ran")
     config = tiny_config(
         run_dir,
@@ -194,7 +193,7 @@ def test_nan_is_never_the_best(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory, compiled_once):  # noqa: F811
+def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
     tokenizer = AutoTokenizer.from_pretrained(BYTE_TOKENIZER)
     model = jax_sft.CausalLM.open(None, fields=TINY_GPT2, tokenizer=tokenizer)

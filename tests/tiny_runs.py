@@ -3,12 +3,7 @@
 Samples are made by counting, so that every test sees the same ones.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-
-import jax
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jax_sft.config import BYTE_TOKENIZER, SFTConfig, default_sft_config
 
@@ -44,22 +39,3 @@ def tiny_config(run_dir: Path | str, **sections: dict) -> SFTConfig:
 def is_time(name: str) -> bool:
     """Whether a logged value is a measured time, which no two runs share."""
     return name.startswith("time/") or name.endswith(("_per_second", "_seconds", "_wait_share"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps compiled programs for the other runs of a test file; import it to have it."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    for name, value in zip(names, (folder, 0, -1), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

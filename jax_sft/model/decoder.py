@@ -173,17 +173,14 @@ class Embed(nn.Module):
         """Returns x_BTD in the compute dtype."""
         c, n = self.config, self.numerics
         tokens_VE = _vocabulary_param(self, "tokens", c, n, self.vocab_padding)
-        # Whole along the width before the look-up: split there, as the parameters are, the rows
-        # found could be brought to the batch's sharding only by way of a whole copy a device.
-        tokens_VE = constrain(tokens_VE.astype(n.dtype), "vocab", None)
-        x_BTD = tokens_VE[tokens_BT]
+        x_BTD = look_up(tokens_VE, tokens_BT, axis="vocab", dtype=n.dtype)
         if c.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, n.dtype)
         if c.embed_width is not None:
             shape, axes = (c.embed_width, c.width), ("norm", "embed")
             x_BTD, _ = Linear(shape, axes, 1, c.init_std, n, bias=False, name="project")(x_BTD)
         if c.positions == "learned":
-            x_BTD = x_BTD + self._learned()[positions_BT + c.position_offset]
+            x_BTD = x_BTD + self._learned(positions_BT + c.position_offset)
         elif c.positions == "sinusoidal":
             x_BTD = x_BTD + _sinusoids(positions_BT + c.position_offset, c.width).astype(n.dtype)
         if c.embed_norm:
@@ -191,12 +188,48 @@ class Embed(nn.Module):
         x_BTD = constrain(x_BTD, "batch", "tokens", None)
         return nn.Dropout(c.embed_dropout, deterministic=not n.dropout)(x_BTD)
 
-    def _learned(self) -> jax.Array:
+    def _learned(self, rows_BT: jax.Array) -> jax.Array:
         c, n = self.config, self.numerics
         init = named(nn.initializers.normal(c.init_std), "positions", "embed")
         shape = (c.num_positions + c.position_offset, c.width)
         positions_SD = self.param("positions", init, shape, n.param_dtype)
-        return constrain(positions_SD.astype(n.dtype), "positions", None)
+        return look_up(positions_SD, rows_BT, axis="positions", dtype=n.dtype)
+
+
+def look_up(table_ND: jax.Array, rows_BT: jax.Array, *, axis: str, dtype: Any) -> jax.Array:
+    """Takes rows of a table in the compute dtype; their gradients are summed in float32.
+
+    A row of a common token, or of position 0, gets as many gradients as a batch has such tokens:
+    in bfloat16 each would be added with 8 bits of what there is already.
+
+    Args:
+        table_ND: the parameter.
+        rows_BT: int32.
+        axis: logical name of N.
+        dtype: of the rows.
+
+    Returns:
+        x_BTD.
+    """
+
+    shape, held = table_ND.shape, table_ND.dtype
+
+    # Whole along the width before the look-up: split there, as the parameters are, the rows
+    # found could be brought to the batch's sharding only by way of a whole copy a device.
+    @jax.custom_vjp
+    def take(table_ND: jax.Array, rows_BT: jax.Array) -> jax.Array:
+        return constrain(table_ND.astype(dtype), axis, None)[rows_BT]
+
+    def forward(table_ND: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return take(table_ND, rows_BT), rows_BT
+
+    def backward(rows_BT: jax.Array, d_x_BTD: jax.Array) -> tuple[jax.Array, None]:
+        sums_ND = jnp.zeros(shape, jnp.float32)
+        sums_ND = sums_ND.at[rows_BT].add(d_x_BTD.astype(jnp.float32))
+        return constrain(sums_ND, axis, None).astype(held), None
+
+    take.defvjp(forward, backward)
+    return take(table_ND, rows_BT)
 
 
 class Head(nn.Module):

@@ -7,7 +7,7 @@ ours gets the same template without the marks.
 
 import numpy as np
 import pytest
-from tiny_runs import TINY_GPT2, compiled_once, tiny_config  # noqa: F401
+from tiny_runs import TINY_GPT2, tiny_config
 from transformers import AutoTokenizer
 
 import jax_sft

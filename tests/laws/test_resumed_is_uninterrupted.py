@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import jax
 import numpy as np
 import pytest
 from run_files import (
@@ -21,7 +20,7 @@ from run_files import (
     log_lines,
     newest_state,
 )
-from tiny_runs import PROMPTS, SAMPLES, TINY_GPT2, compiled_once, tiny_config  # noqa: F401
+from tiny_runs import PROMPTS, SAMPLES, TINY_GPT2, tiny_config
 
 import jax_sft
 from jax_sft.manifest import complete_steps, read_manifest
@@ -56,7 +55,7 @@ def run(run_dir, *, metric_fn=lengths, resume="auto", **train):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, compiled_once):  # noqa: F811
+def straight(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("straight")
     run(run_dir, resume=None)
     return run_dir
@@ -170,7 +169,6 @@ def test_a_killed_process_goes_on_in_another(straight, tmp_path):
 import os, pathlib, signal, sys, time
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "laws")!r}]
 import jax, test_resumed_is_uninterrupted as law
-jax.config.update("jax_compilation_cache_dir", {jax.config.jax_compilation_cache_dir!r})
 num_calls = 0
 def killed(*, outputs, **_):
     global num_calls
