@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import paths_and_leaves, tiny_gpt2
 
+from jax_sft.model import decoder as decoder_file
 from jax_sft.model.decoder import (
     empty_cache,
     init_params,
@@ -76,19 +77,21 @@ def test_parameters_are_those_of_the_docstring():
         assert path.endswith(("bias", "scale")) or "embed" in names, (path, leaf.shape)
 
 
+@pytest.mark.parametrize("at_once", [6, 1 << 26])
 @pytest.mark.parametrize("held", [jnp.float32, jnp.bfloat16])
-def test_gradients_of_a_common_token_are_summed_in_float32(held):
-    """1,000 ones; a bfloat16 stays at 256, since 257 is none."""
+def test_gradients_of_a_common_token_are_summed_in_float32(held, at_once, monkeypatch):
+    """999 ones; a bfloat16 stays at 256, since 257 is none. Columns differ."""
+    monkeypatch.setattr(decoder_file, "_SUMMED_AT_ONCE", at_once)
     rows_BT = jnp.zeros((2, 500), jnp.int32).at[1, 3].set(2)
 
     def total(table_ND):
         x_BTD = look_up(table_ND, rows_BT, axis="vocab", dtype=jnp.bfloat16)
-        return jnp.sum(x_BTD.astype(jnp.float32))
+        return jnp.sum(x_BTD.astype(jnp.float32) * jnp.arange(4.0)[None, None])
 
     grads_ND = jax.jit(jax.grad(total))(jnp.ones((3, 4), held))
     assert grads_ND.dtype == held
-    expected_N = np.array([999, 0, 1], np.float32).astype(held)
-    np.testing.assert_array_equal(grads_ND, np.tile(expected_N[:, None], 4))
+    expected_ND = jnp.array([[999.0], [0.0], [1.0]]) * jnp.arange(4.0)[None]
+    np.testing.assert_array_equal(grads_ND, expected_ND.astype(jnp.bfloat16).astype(held))
 
 
 @pytest.mark.parametrize("num_layers_unfrozen", [0, 1])

@@ -196,6 +196,9 @@ class Embed(nn.Module):
         return look_up(positions_SD, rows_BT, axis="positions", dtype=n.dtype)
 
 
+_SUMMED_AT_ONCE = 1 << 26  # elements
+
+
 def look_up(table_ND: jax.Array, rows_BT: jax.Array, *, axis: str, dtype: Any) -> jax.Array:
     """Takes rows of a table in the compute dtype; their gradients are summed in float32.
 
@@ -223,10 +226,17 @@ def look_up(table_ND: jax.Array, rows_BT: jax.Array, *, axis: str, dtype: Any) -
     def forward(table_ND: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return take(table_ND, rows_BT), rows_BT
 
+    def sum_columns(rows_BT: jax.Array, d_x_BTC: jax.Array) -> jax.Array:
+        sums_NC = jnp.zeros((shape[0], d_x_BTC.shape[-1]), jnp.float32)
+        sums_NC = sums_NC.at[rows_BT].add(d_x_BTC.astype(jnp.float32))
+        return constrain(sums_NC, axis, None).astype(dtype)
+
     def backward(rows_BT: jax.Array, d_x_BTD: jax.Array) -> tuple[jax.Array, None]:
-        sums_ND = jnp.zeros(shape, jnp.float32)
-        sums_ND = sums_ND.at[rows_BT].add(d_x_BTD.astype(jnp.float32))
-        return constrain(sums_ND, axis, None).astype(held), None
+        # Some columns after the others: of all, float32 sums would be the largest array there is.
+        num_parts = math.gcd(shape[1], 1 << (math.prod(shape) // _SUMMED_AT_ONCE).bit_length())
+        parts_PBTC = jnp.moveaxis(d_x_BTD.reshape(*rows_BT.shape, num_parts, -1), 2, 0)
+        sums_PNC = jax.lax.map(functools.partial(sum_columns, rows_BT), parts_PBTC)
+        return jnp.moveaxis(sums_PNC, 0, 1).reshape(shape).astype(held), None
 
     take.defvjp(forward, backward)
     return take(table_ND, rows_BT)

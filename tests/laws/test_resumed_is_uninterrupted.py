@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import jax
 import numpy as np
 import pytest
 from run_files import (
@@ -120,6 +121,25 @@ def test_adapters_go_on_too(tmp_path, monkeypatch):
         for name in ("run", "straight")
     ]
     assert files[0] == files[1] and files[2] == files[3]
+
+
+def test_what_is_kept_in_bfloat16_goes_on_too(tmp_path, monkeypatch):
+    """The draws that round it are those of the step."""
+
+    def train(run_dir):
+        kept = config(run_dir, resume_from_checkpoint="auto").evolve(
+            model=dict(param_dtype="bfloat16"), optimizer=dict(state_dtype="bfloat16")
+        )
+        return jax_sft.train(samples=SAMPLES, eval_prompts=[], config=kept)
+
+    trainer = train(tmp_path / "straight")
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(trainer.model.params)}
+    assert dtypes == {"bfloat16"}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_step(patch, 5)
+        train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert_same_state(tmp_path / "run", tmp_path / "straight")
 
 
 @pytest.mark.parametrize("step", [2, 5])
