@@ -115,6 +115,7 @@ def test_a_mistake_is_one_line_before_anything_is_compiled(arguments, sections, 
         (dict(optimizer=dict(name="adam_8bit_bnb")), ("adam_8bit_bnb", "adafactor")),
         (dict(scheduler=dict(name="cosine")), ("cosine", "cosine_annealing")),
         (dict(method=dict(gen_kwargs=dict(topk=3))), ("topk", "top_k")),
+        (dict(optimizer=dict(grad_dtype="bfloat16")), ("grad_dtype", "model.dtype", "float32")),
     ],
     ids=str,
 )
