@@ -176,7 +176,7 @@ def init_state(
     state_dtype: Any = jnp.float32,
 ) -> TrainState:
     """Builds the state of step 0; run it under jit with output shardings."""
-    opt_state = optimizer.init(in_float32(partition(params, trained)[0]))
+    opt_state = optimizer.init(partition(params, trained)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, kept_in(opt_state, state_dtype))
 
 
