@@ -115,9 +115,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "config": Key({}, "dict", "transformers config fields; all of them for init='random'"),
         "dtype": _choice("auto", ("auto", "float32", "bfloat16"), "compute; auto: float32 on CPU"),
         "param_dtype": _choice(
-            "auto",
-            ("auto", "float32", "bfloat16"),
-            "weights; auto: float32; see docs/memory.md",
+            "auto", ("auto", "float32", "bfloat16"), "weights; auto: float32; see docs/memory.md"
         ),
         "remat": _choice(
             "dots",

@@ -98,8 +98,16 @@ def test_it_goes_on_to_the_bits_of_the_run_that_nothing_stopped(pod, straight, s
         assert word in ended[0].out and word not in ended[1].out
 
 
+def test_two_processes_train_as_one_does(pod, straight):
+    mesh = ("--config.mesh.fsdp=8", "--config.mesh.tensor=1")
+    [ended] = run(pod, "one", *mesh, num_processes=1, num_devices=8)
+    assert ended.code == 0, ended.err
+    got = losses(log_lines(straight))
+    assert len(got) == NUM_STEPS
+    np.testing.assert_allclose(got, losses(log_lines(pod.folder / "one")), rtol=1e-5)
+
+
 def test_eight_devices_of_two_processes_go_on_as_four_of_one(pod, straight, killed):
-    """Which is also to say that two processes train as one does."""
     mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor")]
     [ended] = run(pod, "after the kill", AUTO, *mesh, num_processes=1)
     assert ended.code == 0, ended.err

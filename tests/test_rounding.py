@@ -66,24 +66,30 @@ def test_arrays_draw_apart_and_the_same_on_any_mesh():
         np.testing.assert_array_equal(np.asarray(rounded[name]), np.asarray(again[name]))
 
 
-def run(dtype, *, num_steps, optimizer, grad=1.0, state_dtype=jnp.float32, **options):
-    """Steps on the loss grad · a, for a vector of parameters that start at 1."""
-
-    def loss_fn(params, batch, key):
-        return grad * jnp.sum(params["a"].astype(jnp.float32)), jnp.float32(1)
-
-    trained = {"a": True}
-    options = dict(num_microbatches=1, max_grad_norm=None, seed=0, loss_fn=loss_fn) | options
-    step = functools.partial(
+def step_with(loss_fn, optimizer, *, num_microbatches=1, grad_dtypes=None):
+    """A step of one trained vector, "a"."""
+    return functools.partial(
         train_step,
+        loss_fn=loss_fn,
         optimizer=optimizer,
         schedule=optax.constant_schedule(0.0),
-        trained=trained,
-        **options,
+        trained={"a": True},
+        num_microbatches=num_microbatches,
+        max_grad_norm=None,
+        seed=0,
+        grad_dtypes=grad_dtypes,
     )
+
+
+def run(dtype, *, num_steps, optimizer, state_dtype=jnp.float32):
+    """Steps on the sum of a vector of parameters that start at 1: gradients are 1."""
+
+    def loss_fn(params, batch, key):
+        return jnp.sum(params["a"].astype(jnp.float32)), jnp.float32(1)
+
+    step = jax.jit(step_with(loss_fn, optimizer))
     params = {"a": jnp.ones(256, dtype)}
-    state = init_state(params, optimizer, trained=trained, state_dtype=state_dtype)
-    step = jax.jit(step)
+    state = init_state(params, optimizer, trained={"a": True}, state_dtype=state_dtype)
     for _ in range(num_steps):
         state, _ = step(state, ONE_TOKEN)
     return state
@@ -138,18 +144,9 @@ def test_sums_over_microbatches_are_in_the_gradients_dtype(dtype, expected):
         given.append(params["a"].dtype)
         return jnp.sum(params["a"]) * batch.inputs_BT[0, 0], jnp.float32(0.5)
 
-    options = dict(optimizer=optax.trace(0.9), schedule=optax.constant_schedule(0.0))
-    step = functools.partial(
-        train_step,
-        loss_fn=loss_fn,
-        trained={"a": True},
-        num_microbatches=2,
-        max_grad_norm=None,
-        seed=0,
-        grad_dtypes={"a": dtype},
-        **options,
-    )
-    state = init_state({"a": jnp.ones(4)}, options["optimizer"], trained={"a": True})
+    optimizer = optax.trace(0.9)
+    step = step_with(loss_fn, optimizer, num_microbatches=2, grad_dtypes={"a": dtype})
+    state = init_state({"a": jnp.ones(4)}, optimizer, trained={"a": True})
     state, _ = step(state, batch)
     assert set(given) == {jnp.dtype(dtype)}
     np.testing.assert_array_equal(optax.tree.get(state.opt_state, "trace")["a"], expected)

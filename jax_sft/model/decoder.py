@@ -214,7 +214,6 @@ def look_up(table_ND: jax.Array, rows_BT: jax.Array, *, axis: str, dtype: Any) -
     Returns:
         x_BTD.
     """
-
     shape, held = table_ND.shape, table_ND.dtype
 
     # Whole along the width before the look-up: split there, as the parameters are, the rows
