@@ -26,6 +26,7 @@ MESH_NAMES = ("data", "fsdp", "sequence", "tensor")
 
 MESH_AXES = {
     "batch": ("data", "fsdp"),  # every device of both axes trains rows of its own
+    "fsdp_batch": "data",  # the rows of all devices that have a parameter's parts between them
     "tokens": "sequence",
     "embed": "fsdp",  # the one axis that every matrix has: parameters are split along it
     "vocab": "tensor",

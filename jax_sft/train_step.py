@@ -19,6 +19,8 @@ from jax_sft.loss import cross_entropy
 from jax_sft.model.decoder import Decoder, vocabulary
 from jax_sft.rounding import in_float32, kept_in, round_like
 
+_ROUNDING = 1  # folded into a microbatch's key, which is the dropout's own
+
 # (params, batch, key) -> (loss_sum, weight_sum)
 LossFn = Callable[[dict, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -206,8 +208,8 @@ def train_step(
         max_grad_norm: gradients are scaled down to this global norm; None for no limit.
         seed: base of the keys of dropout and rounding; each step and microbatch has its own.
         grad_dtypes: tree of dtypes like the params, float32 or bfloat16, that sums of gradients
-            over microbatches have. For bfloat16 the loss is given the parameter in bfloat16, so
-            that a gradient is never anything else. None: float32.
+            over microbatches have, rounded at random. For bfloat16 the loss is given the parameter
+            in bfloat16, so that a gradient is never anything else. None: float32.
 
     Returns:
         The next state and the step's metrics.
@@ -273,7 +275,9 @@ def _sum_over_microbatches(
     def add(sums, microbatch_and_key):
         microbatch, key = microbatch_and_key
         (loss_sum, weight_sum), grads = grad_fn(kept, microbatch, key)
-        return jax.tree.map(jnp.add, sums, (loss_sum, weight_sum, grads)), None
+        found = in_float32((loss_sum, weight_sum, grads))
+        total = jax.tree.map(jnp.add, in_float32(sums), found)
+        return round_like(total, sums, jax.random.fold_in(key, _ROUNDING)), None
 
     no_grads = jax.tree.map(lambda x, dtype: jnp.zeros_like(x, dtype), kept, grad_dtypes)
     zeros = (jnp.float32(0), jnp.float32(0), no_grads)
