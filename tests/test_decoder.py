@@ -11,6 +11,7 @@ import pytest
 from tiny_models import paths_and_leaves, tiny_gpt2
 
 from jax_sft.compiled import read_collectives
+from jax_sft.model import decoder as decoder_file
 from jax_sft.model.decoder import empty_cache, init_params, logical_axes, look_up, mask_padding
 from jax_sft.model.layers import ACTIVATIONS
 from jax_sft.sharding import MESH_AXES, make_mesh, named_sharding
@@ -71,9 +72,13 @@ def test_parameters_are_those_of_the_docstring():
         assert path.endswith(("bias", "scale")) or "embed" in names, (path, leaf.shape)
 
 
+@pytest.mark.parametrize("tile", [1, 128])
+@pytest.mark.parametrize("at_once", [6, 1 << 26])
 @pytest.mark.parametrize("held", [jnp.float32, jnp.bfloat16])
-def test_gradients_of_a_common_token_are_summed_in_float32(held):
+def test_gradients_of_a_common_token_are_summed_in_float32(held, at_once, tile, monkeypatch):
     """999 ones; a bfloat16 stays at 256, since 257 is none. Columns differ."""
+    monkeypatch.setattr(decoder_file, "_SUMMED_AT_ONCE", at_once)
+    monkeypatch.setattr(decoder_file, "_TILE", tile)
     rows_BT = jnp.zeros((2, 500), jnp.int32).at[1, 3].set(2)
 
     def total(table_ND):
@@ -83,13 +88,17 @@ def test_gradients_of_a_common_token_are_summed_in_float32(held):
     grads_ND = jax.jit(jax.grad(total))(jnp.ones((3, 4), held))
     assert grads_ND.dtype == held
     expected_ND = jnp.array([[999.0], [0.0], [1.0]]) * jnp.arange(4.0)[None]
-    np.testing.assert_array_equal(grads_ND, expected_ND.astype(held))
+    np.testing.assert_array_equal(grads_ND, expected_ND.astype(jnp.bfloat16).astype(held))
 
 
-def test_no_device_gets_the_whole_table():
-    """Nor its whole gradient: eight devices exchange ids, and the columns of the rows found."""
+@pytest.mark.parametrize(("columns", "gets_all"), [(128, False), (64, True)])
+def test_no_device_gets_the_whole_table(columns, gets_all):
+    """Nor its whole gradient: eight devices exchange ids, and the columns of the rows found.
+
+    Where a device has fewer than 128 columns it is the other way round.
+    """
     mesh = make_mesh(data=1, fsdp=8, sequence=1, tensor=1)
-    N, D, B, T = 4096, 64, 8, 16
+    N, D, B, T = 4096, 8 * columns, 8, 16
     table = jax.ShapeDtypeStruct((N, D), jnp.float32, sharding=named_sharding(mesh, None, "embed"))
     rows_sharding = named_sharding(mesh, "batch", "tokens")
     rows = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows_sharding)
@@ -103,10 +112,8 @@ def test_no_device_gets_the_whole_table():
     with jax.set_mesh(mesh):
         where = (named_sharding(mesh, "batch", "tokens", None), table.sharding)
         compiled = jax.jit(rows_and_grads, out_shardings=where).lower(table, rows).compile()
-    collectives = read_collectives(compiled.as_text())
-    assert collectives
-    largest = max(collective.num_bytes for collective in collectives)
-    assert largest <= B * T * D * 4 < N * D * 4 / 16
+    largest = max(collective.num_bytes for collective in read_collectives(compiled.as_text()))
+    assert largest == N * D * 4 if gets_all else largest <= B * T * D * 4
 
 
 @pytest.mark.parametrize("num_layers_unfrozen", [0, 1])

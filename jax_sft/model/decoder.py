@@ -21,7 +21,7 @@ from jax_sft.model.block import Block, Cache, Tokens, Which, kinds
 from jax_sft.model.layers import Linear, NamedAxes, NormLayer, Numerics, broadcast, named
 from jax_sft.model.rotary import make_turns
 from jax_sft.model.types import DecoderConfig
-from jax_sft.sharding import constrain
+from jax_sft.sharding import constrain, num_shards
 
 # What attention gives, whose scores are computed again anyway (its backward pass does).
 _ATTENDED = jax.checkpoint_policies.save_only_these_names("attended")
@@ -196,6 +196,10 @@ class Embed(nn.Module):
         return look_up(positions_SD, rows_BT, axis="positions", dtype=n.dtype)
 
 
+_TILE = 128  # columns that a TPU stores together
+_SUMMED_AT_ONCE = 1 << 26  # elements
+
+
 def look_up(table_ND: jax.Array, rows_BT: jax.Array, *, axis: str, dtype: Any) -> jax.Array:
     """Takes rows of a table in the compute dtype; their gradients are summed in float32.
 
@@ -212,23 +216,37 @@ def look_up(table_ND: jax.Array, rows_BT: jax.Array, *, axis: str, dtype: Any) -
         x_BTD.
     """
     shape, held = table_ND.shape, table_ND.dtype
-
     # A device looks up its own columns for the rows of all devices that have the others, and they
-    # exchange what they found; else each would need the whole table, and sum its whole gradient.
+    # exchange what they found; it never has the whole table, nor its whole gradient. With fewer
+    # columns than a TPU's tile has, most of what they exchange would be padding.
+    mesh = jax.sharding.get_abstract_mesh()
+    is_by_columns = shape[1] // num_shards(mesh, "embed") >= _TILE
+    batch, columns = ("fsdp_batch", "embed") if is_by_columns else ("batch", None)
+
     @jax.custom_vjp
     def take(table_ND: jax.Array, rows_BT: jax.Array) -> jax.Array:
-        rows_BT = constrain(rows_BT, "fsdp_batch", "tokens")
-        x_BTD = constrain(table_ND.astype(dtype)[rows_BT], "fsdp_batch", "tokens", "embed")
-        return constrain(x_BTD, "batch", "tokens", None)
+        rows_BT = constrain(rows_BT, batch, "tokens")
+        x_BTD = constrain(table_ND.astype(dtype), axis, columns)[rows_BT]
+        return constrain(constrain(x_BTD, batch, "tokens", columns), "batch", "tokens", None)
 
     def forward(table_ND: jax.Array, rows_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         return take(table_ND, rows_BT), rows_BT
 
+    def sum_columns(rows_BT: jax.Array, d_x_BTC: jax.Array) -> jax.Array:
+        sums_NC = jnp.zeros((shape[0], d_x_BTC.shape[-1]), jnp.float32)
+        sums_NC = sums_NC.at[rows_BT].add(d_x_BTC.astype(jnp.float32))
+        return constrain(sums_NC, axis, columns).astype(dtype)
+
     def backward(rows_BT: jax.Array, d_x_BTD: jax.Array) -> tuple[jax.Array, None]:
-        rows_BT = constrain(rows_BT, "fsdp_batch", "tokens")
-        d_x_BTD = constrain(d_x_BTD, "fsdp_batch", "tokens", "embed")
-        sums_ND = jnp.zeros(shape, jnp.float32).at[rows_BT].add(d_x_BTD.astype(jnp.float32))
-        return constrain(sums_ND, axis, "embed").astype(held), None
+        rows_BT = constrain(rows_BT, batch, "tokens")
+        d_x_BTD = constrain(d_x_BTD, batch, "tokens", columns)
+        if is_by_columns:
+            return sum_columns(rows_BT, d_x_BTD).astype(held), None
+        # Some columns after the others: of all, float32 sums would be the largest array there is.
+        num_parts = math.gcd(shape[1], 1 << (math.prod(shape) // _SUMMED_AT_ONCE).bit_length())
+        parts_PBTC = jnp.moveaxis(d_x_BTD.reshape(*rows_BT.shape, num_parts, -1), 2, 0)
+        sums_PNC = jax.lax.map(functools.partial(sum_columns, rows_BT), parts_PBTC)
+        return jnp.moveaxis(sums_PNC, 0, 1).reshape(shape).astype(held), None
 
     take.defvjp(forward, backward)
     return take(table_ND, rows_BT)
