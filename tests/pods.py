@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny_runs import PROMPTS
+from tiny_runs import PROMPTS, flags_for
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 120  # for one pod to end
@@ -74,7 +74,7 @@ class Pods:
         environ = {
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(num_processes),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+            "XLA_FLAGS": flags_for(num_devices),
             "POD_PIDS": str(logs / "pids"),
             "POD_ACT": act,
         }

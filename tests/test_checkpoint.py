@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_runs import flags_for
 
 from jax_sft import checkpoint
 from jax_sft.checkpoint import Checkpoints
@@ -317,7 +318,7 @@ def run_python(code, *arguments):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([os.getcwd(), os.path.dirname(__file__)]),
         "PYTHONWARNINGS": "error",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": flags_for(2),
     }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny_runs import SAMPLES, TINY_GPT2, tiny_config
+from tiny_runs import SAMPLES, TINY_GPT2, flags_for, tiny_config
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import jax_sft
@@ -48,11 +48,10 @@ def run(tmp_path_factory):
 
 def start(run: Path, name: str, num_devices: int, *flags: str) -> subprocess.Popen:
     given = [f"--checkpoint_dir={run / 'run'}", f"--output={run / name}", *flags]
-    devices = f"--xla_force_host_platform_device_count={num_devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "jax_sft.export", *given],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": devices},
+        env=os.environ | {"XLA_FLAGS": flags_for(num_devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

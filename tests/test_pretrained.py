@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_runs import flags_for
 
 from jax_sft import sharding
 from jax_sft.model import pretrained
@@ -595,7 +596,7 @@ def test_two_processes_read_their_bytes_and_write_together(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([os.getcwd(), os.path.dirname(__file__)]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": flags_for(2),
     }
     processes = [
         subprocess.Popen(

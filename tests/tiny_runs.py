@@ -3,6 +3,8 @@
 Samples are made by counting, so that every test sees the same ones.
 """
 
+import os
+import re
 from pathlib import Path
 
 from jax_sft.config import BYTE_TOKENIZER, SFTConfig, default_sft_config
@@ -34,6 +36,11 @@ def tiny_config(run_dir: Path | str, **sections: dict) -> SFTConfig:
         method=dict(gen_kwargs=dict(max_new_tokens=4, do_sample=False)),
     )
     return config.evolve(**sections)
+
+
+def flags_for(num_devices: int) -> str:
+    """XLA_FLAGS of a process with some CPU devices: else those of this one."""
+    return re.sub(r"(device_count=)\d+", rf"\g<1>{num_devices}", os.environ["XLA_FLAGS"])
 
 
 def is_time(name: str) -> bool:
