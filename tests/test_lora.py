@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import assert_close_trees, one_device, paths_and_leaves
+from tiny_models import assert_close_trees, draw_params, one_device, paths_and_leaves
 
 from jax_sft.config import default_sft_config
 from jax_sft.model import lora
@@ -57,14 +57,7 @@ def placed():
 def open_lora(fields, peft_config, seed=0):
     """A model with random weights, adapters and biases included."""
     model = CausalLM.open(None, fields=fields, placement=placed(), peft_config=peft_config)
-    model.init(seed)
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        return jax.device_put(leaf + 0.3 * rng.standard_normal(leaf.shape, np.float32))
-
-    base, adapters = lora.split(model.params)
-    model.params = lora.join(jax.tree.map(draw, base), jax.tree.map(draw, adapters))
+    model.params = draw_params(model, seed=seed)
     return model
 
 
