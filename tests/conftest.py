@@ -36,7 +36,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(_CACHE.name, "co
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Cycles are looked for after every 700 objects, among all that libraries hold: a tenth of the time.
+# Cycles are looked for after every 700 objects, among all that libraries hold: 6% of the time.
 gc.set_threshold(100_000)
 
 import pytest  # noqa: E402
