@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tiny_models import paths_and_leaves, tiny_gpt2
 
 from jax_sft.compiled import read_collectives
@@ -141,6 +142,34 @@ def test_remat_changes_no_gradient(remat):
         paths_and_leaves(got), paths_and_leaves(expected), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5, err_msg=path)
+
+
+def kept(decoder, params):
+    """What the backward pass is given beside the parameters, traced alone."""
+
+    def residuals(params):
+        _, backward = jax.vjp(functools.partial(hidden_states, decoder), params)
+        given = {id(leaf) for leaf in jax.tree.leaves(params)}
+        return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
+
+    return jax.make_jaxpr(residuals)(params).out_avals
+
+
+@pytest.mark.parametrize("attention", ["xla", "splash_interpreted", "cudnn"])
+@pytest.mark.parametrize(
+    ("remat", "num_kept", "num_on_host"), [("minimal", 2, 0), ("dots", 7, 0), ("offload", 7, 5)]
+)
+def test_remat_keeps_what_it_says_and_once(remat, num_kept, num_on_host, attention, monkeypatch):
+    """Attention's averages and logsumexps; of six products all but the last, which is added."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: least < "9.0")
+    model = tiny_gpt2()
+    decoder = with_numerics(model.decoder, attention=attention, dtype=jnp.bfloat16)
+    full, some = (
+        kept(with_numerics(decoder, remat=name), model.params) for name in ("full", remat)
+    )
+    assert len(some) - len(full) == num_kept
+    assert sum(x.memory_space == jax.memory.Space.Host for x in some) == num_on_host
 
 
 def test_bfloat16_computes_in_bfloat16_near_float32():

@@ -10,6 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# What gives the averages and their logsumexps, in which nothing can be named (see
+# `decoder.REMAT_POLICIES`).
+CUDNN_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 MEAN_LEN = 64  # rows with more examples than of this length on average take the mask
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.model.attention import attend
 from jax_sft.model.experts import ExpertsLayer
@@ -92,7 +91,6 @@ class Attention(nn.Module):
             slots_BS = jnp.broadcast_to(jnp.arange(k_BSKC.shape[1])[None], k_BSKC.shape[:2])
             k_tokens = Tokens(slots_BS, jnp.ones_like(slots_BS))
         out_BTHC = self._attend(q_BTHC, k_BSKC, v_BSKC, tokens, k_tokens, which)
-        out_BTHC = checkpoint_name(out_BTHC, "attended")
         axes = ("heads", "head_width", "embed")
         out = Linear((H, C, D), axes, 2, c.residual_init_std, n, c.out_bias, name="out")
         return out(out_BTHC)[0], cache
