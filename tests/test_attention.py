@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from tiny_models import tiny_gpt2
 
-from jax_sft.model import attention
+from jax_sft.model import attention, attention_xla
 from jax_sft.model.attention import attend, choose_backend
 from jax_sft.model.attention_cudnn import find_runs
 from jax_sft.model.attention_xla import QUERY_BLOCK
@@ -57,6 +58,7 @@ def naive(
 STATIC = ("scale", "dropout_rate", "window", "softcap", "alibi", "backend")
 # Those that run without an accelerator.
 RUN_HERE = ("xla", "splash_interpreted")
+dot_product_attention = jax.nn.dot_product_attention  # which a test replaces
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -91,7 +93,7 @@ def ones(length):
 @pytest.mark.parametrize("backend", RUN_HERE)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_row_longer_than_a_block_with_grouped_heads(kv_heads, backend):
-    num_tokens = QUERY_BLOCK + 9
+    num_tokens = QUERY_BLOCK + 1
     q, k, v = draw(num_tokens, num_tokens, kv_heads)
     where = (counting(num_tokens), counting(num_tokens), ones(num_tokens), ones(num_tokens))
     got = run(q, k, v, *where, 0.3, backend=backend)
@@ -104,7 +106,7 @@ def test_a_row_longer_than_a_block_with_grouped_heads(kv_heads, backend):
     "options",
     [
         dict(window=1),
-        dict(window=20),
+        dict(window=2),
         dict(window=90),
         dict(softcap=0.7),
         dict(alibi=Alibi(SLOPES, factor=0.5)),
@@ -113,14 +115,15 @@ def test_a_row_longer_than_a_block_with_grouped_heads(kv_heads, backend):
     ids=str,
 )
 def test_windows_caps_and_biases(options, backend):
-    """Two segments a row, the second beginning in the first block and ending in the last."""
+    """Two segments a row, the second beginning in the first block, or where the last begins."""
     if backend != "xla" and "alibi" in options:
         pytest.skip("the kernel has no ALiBi, and is not chosen for it")
-    num_tokens = QUERY_BLOCK + 9
+    num_tokens = 2 * QUERY_BLOCK
     q, k, v = draw(num_tokens, num_tokens)
-    starts = np.where(np.arange(num_tokens) < 40, 0, 40)
-    positions = np.broadcast_to(np.arange(num_tokens) - starts, (2, num_tokens)).astype(np.int32)
-    segments = np.broadcast_to(1 + (starts > 0), (2, num_tokens)).astype(np.int32)
+    border_B1 = np.array([[40], [QUERY_BLOCK]])
+    starts = np.where(np.arange(num_tokens) < border_B1, 0, border_B1)
+    positions = (np.arange(num_tokens) - starts).astype(np.int32)
+    segments = (1 + (starts > 0)).astype(np.int32)
     where = (positions, positions, segments, segments)
     got = run(q, k, v, *where, 0.3, **options, backend=backend)
     expected = naive(q, k, v, *where, 0.3, **options)
@@ -179,6 +182,41 @@ def test_dropout_keeps_the_mean_and_needs_its_key():
     assert set(np.unique(got[:, 0].round(4))) <= {0.0, np.float32(1.3333)}
 
 
+def test_what_is_dropped_differs_everywhere_and_is_dropped_from_the_gradients(monkeypatch):
+    """Keys of unit values: the output is the weights, here of two blocks by two."""
+    monkeypatch.setattr(attention_xla, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(attention_xla, "KEY_BLOCK", 4)
+    q, k, d_out = draw(8, 8, 4)
+    v = np.broadcast_to(np.eye(8, dtype=np.float32)[:, None], (2, 8, 4, 8)).copy()
+    where = (counting(8), counting(8), ones(8), ones(8))
+
+    @jax.jit
+    def out_and_grads(*qkv):
+        options = dict(scale=0.3, dropout_rate=0.5, dropout_key=jax.random.key(0))
+        # Not the jitted one: it would keep the size of blocks.
+        out, backward = jax.vjp(lambda *qkv: run.__wrapped__(*qkv, *where, **options), *qkv)
+        return out, *backward(d_out)
+
+    out, *grads = out_and_grads(q, k, v)
+    kept = np.asarray(out) > 0
+    weights = naive(q, k, v, *where, 0.3)
+    np.testing.assert_allclose(out, 2 * kept * weights, rtol=0, atol=1e-6)
+    last_of_blocks = [kept[:, i, :, j : j + 4] for i, j in ((3, 0), (7, 0), (7, 4))]
+    rows, heads = (kept[0], kept[1]), (kept[:, :, 0], kept[:, :, 1])
+    neighbours = (kept[:, 6, :, 4:7], kept[:, 7, :, :3])
+    for one, other in [*itertools.combinations(last_of_blocks, 2), rows, heads, neighbours]:
+        assert (one != other).any(), "the same weights are dropped twice"
+    d_weights = 2 * kept * d_out
+    d_scores = 0.3 * weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    expected = (
+        np.einsum("BTHS,BSHC->BTHC", d_scores, k),
+        np.einsum("BTHS,BTHC->BSHC", d_scores, q),
+        np.einsum("BTHS,BTHC->BSHC", out, d_out),
+    )
+    for ours, theirs in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "window"))
 def run_backward(d_out, *arguments, scale, window=None):
     q, k, v, *where = arguments
@@ -191,7 +229,7 @@ def run_backward(d_out, *arguments, scale, window=None):
     ("segment_lens", "window", "queries", "unseen"),
     [
         ([512], None, np.s_[128:256], np.s_[256:]),
-        ([512], 64, np.s_[256:384], np.s_[:128]),
+        ([512], 129, np.s_[256:384], np.s_[:128]),
         ([100, 156, 256], None, np.s_[256:384], np.s_[:256]),
     ],
     ids=["later", "before the window", "other examples"],
@@ -272,7 +310,10 @@ def config_with(**fields):
         ("auto", "gpu", {}, "bfloat16", "cudnn", ""),
         ("auto", "gpu", {}, "float32", "xla", "cudnn computes in bfloat16 or float16, not float32"),
         ("auto", "gpu", dict(attention_softcap=50.0), "bfloat16", "xla", "cudnn has no soft cap"),
-        ("auto", "gpu", dict(head_width=512), "bfloat16", "xla", "cudnn has no heads of width 512"),
+        ("auto", "gpu", {}, "float16", "cudnn", ""),
+        ("auto", "gpu", dict(alibi=Alibi(SLOPES)), "bfloat16", "xla", "cudnn has no ALiBi"),
+        ("auto", "gpu", dict(head_width=136), "bfloat16", "xla", "cudnn has no heads of width 136"),
+        ("auto", "gpu", dict(head_width=100), "bfloat16", "xla", "cudnn has no heads of width 100"),
         ("xla", "tpu", {}, "bfloat16", "xla", ""),
         ("splash", "cpu", {}, "float32", "splash_interpreted", ""),
     ],
@@ -292,6 +333,7 @@ def test_auto_is_the_platforms_own_where_that_has_what_is_needed(
         ("cudnn", "cpu", {}, "model.attention='cudnn' is for NVIDIA GPUs, and this is a cpu"),
         ("splash", "tpu", dict(alibi=Alibi(SLOPES)), "model.attention='splash' has no ALiBi"),
         ("splash", "cpu", dict(attention_dropout=0.1), "has no dropout of attention weights"),
+        ("cudnn", "gpu", dict(attention_dropout=0.1), "has no dropout of attention weights"),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused(asked, platform, fields, message):
@@ -307,15 +349,19 @@ def test_what_a_backend_cannot_do_is_refused(asked, platform, fields, message):
 )
 def test_split_over_devices_it_is_the_same(sizes, backend):
     mesh = make_mesh(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
-    num_tokens = 2 * QUERY_BLOCK
+    # Where it is not a multiple of blocks, those of the devices begin elsewhere.
+    num_tokens = 2 * QUERY_BLOCK + 8 * (backend == "xla")
     q, k, v = draw(num_tokens, num_tokens)
     segments = np.broadcast_to(np.arange(num_tokens) // 90, (2, num_tokens)).astype(np.int32)
     positions = np.broadcast_to(np.arange(num_tokens) % 90, (2, num_tokens)).astype(np.int32)
     where = (positions, positions, segments, segments)
+    options = dict(window=50)
+    if backend == "xla":
+        options |= dict(alibi=Alibi(SLOPES), dropout_rate=0.2, dropout_key=jax.random.key(0))
 
     @jax.jit
     def loss_and_grads(q, k, v):
-        attended = functools.partial(run, scale=0.3, backend=backend, window=50)
+        attended = functools.partial(run, scale=0.3, backend=backend, **options)
 
         def loss(q, k, v):
             return jax.numpy.sum(jax.numpy.sin(attended(q, k, v, *where)))
@@ -340,14 +386,23 @@ def test_a_backend_that_fails_or_lets_examples_meet_is_found_out(monkeypatch):
     def causal_alone(q, k, v, q_segments, k_segments, *rest, **options):
         return in_blocks(q, k, v, 0 * q_segments, 0 * k_segments, *rest, **options)
 
+    def without_window(*arguments, window):
+        return in_blocks(*arguments, window=None)
+
+    def without_gradient(q, k, v, *rest, **options):
+        return in_blocks(q, k, jax.lax.stop_gradient(v), *rest, **options)
+
+    layers = [dataclasses.replace(layer, window=60) for layer in config_with().layers]
+    config = config_with(layers=tuple(layers))
     check = functools.partial(
-        attention.check_backend, "cudnn", config=config_with(), dtype=jax.numpy.bfloat16
+        attention.check_backend, "cudnn", config=config, dtype=jax.numpy.bfloat16
     )
     assert check().startswith("fails here: ")
     monkeypatch.setattr(attention, "attend_by_cudnn", in_blocks)
     assert check() == ""
-    monkeypatch.setattr(attention, "attend_by_cudnn", causal_alone)
-    assert check().startswith("gives other numbers here, by up to ")
+    for wrong in (causal_alone, without_window, without_gradient):
+        monkeypatch.setattr(attention, "attend_by_cudnn", wrong)
+        assert check().startswith("gives other numbers here, by up to "), wrong
 
 
 @pytest.mark.parametrize(
@@ -376,8 +431,52 @@ def test_cudnn_is_given_the_examples_starts_or_their_mask(monkeypatch, capabilit
     assert "tensor<2x1x256x256xbf16>" in text, "there is no mask"
 
 
+def by_plain_arithmetic(q, k, v, *, scale, mask, implementation="cudnn"):
+    """`jax.nn.dot_product_attention` where there is no cuDNN."""
+    assert implementation == "cudnn"
+    return dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def from_starts(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+    """`cudnn.dot_product_attention` likewise: example by example, from where it begins."""
+    assert mask_type == cudnn.MaskType.PADDING_CAUSAL
+    q_places_BMT, k_places_BMT = (
+        jax.numpy.arange(q.shape[1])[None, None] - starts[:, :-1, None]
+        for starts in (q_offsets, kv_offsets)
+    )
+    in_q_BMT, in_k_BMT = (
+        (places >= 0) & (places < lengths[:, :, None])
+        for places, lengths in ((q_places_BMT, q_seqlen), (k_places_BMT, kv_seqlen))
+    )
+    seen_BMTS = q_places_BMT[..., None] >= k_places_BMT[:, :, None]
+    seen_BMTS &= in_q_BMT[..., None] & in_k_BMT[:, :, None]
+    return by_plain_arithmetic(q, k, v, scale=scale, mask=seen_BMTS.any(1)[:, None])
+
+
+@pytest.mark.parametrize("sequence", [1, 4])
+@pytest.mark.parametrize(
+    ("lengths", "window"),
+    [([5, 11], None), ([5, 6, 5], None), ([5, 11], 3)],
+    ids=["starts", "more than there is room for", "window"],
+)
+def test_what_cudnn_is_given_is_what_attend_means(lengths, window, sequence, monkeypatch):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_plain_arithmetic)
+    monkeypatch.setattr(cudnn, "dot_product_attention", from_starts)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: True)
+    q, k, v = draw(16, 16)
+    ids = [np.repeat(np.arange(len(row)), row) for row in (lengths, [16])]
+    segments = np.array(ids, np.int32)
+    positions = np.array([np.arange(16) - np.searchsorted(row, row) for row in ids], np.int32)
+    where = (positions, positions, segments, segments)
+    attended = functools.partial(run.__wrapped__, scale=0.3, backend="cudnn", window=window)
+    with jax.set_mesh(make_mesh(data=8 // sequence, fsdp=1, sequence=sequence, tensor=1)):
+        got = jax.jit(attended)(q, k, v, *where)
+    expected = naive(q, k, v, *where, 0.3, window=window)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
+
+
 def test_runs_are_where_segments_begin_and_how_long_they_are():
-    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [4, 4, 4, 4, 4, 4, 4]], np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [0, 0, 0, 0, 0, 0, 0]], np.int32)
     starts, lengths, fits = find_runs(segments, 3)
     np.testing.assert_array_equal(starts, [[0, 3, 5, -1], [0, -1, -1, -1]])
     np.testing.assert_array_equal(lengths, [[3, 2, 2], [7, -1, -1]])

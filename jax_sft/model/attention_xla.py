@@ -251,12 +251,14 @@ def _drop(o: Options, places: Places, i, j, x_BKGNM):
     """Sets some of a block to 0, always the same ones, and scales up the others."""
     if not o.dropout_rate:
         return x_BKGNM
-    # By the block's place in the whole row, so that no mesh changes what is dropped.
-    number = places.q_slots_T[i * o.query_block] * places.k_segment_ids_BS.shape[1] + j
+    # By the query, not its block: where a mesh cuts rows, the blocks are others.
+    slots_N = _block(places.q_slots_T, i, o.query_block, axis=0)
+    num_blocks = places.k_segment_ids_BS.shape[1] // o.key_block
 
     def draw(key: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(key, number)
-        return jax.random.bernoulli(key, 1.0 - o.dropout_rate, x_BKGNM.shape[-2:])
+        keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, slots_N * num_blocks + j)
+        kept_M = functools.partial(jax.random.bernoulli, p=1 - o.dropout_rate, shape=(o.key_block,))
+        return jax.vmap(kept_M)(keys_N)
 
     kept_BKGNM = jax.vmap(jax.vmap(draw))(places.dropout_keys_BH).reshape(x_BKGNM.shape)
     return jnp.where(kept_BKGNM, x_BKGNM / (1.0 - o.dropout_rate), 0.0)
