@@ -78,6 +78,7 @@ FLOORS = {
     "data/row_checks": 0.2,
     "data/csv_cells": 0,
     "data/sources": 0.2,
+    "data/json_lines": 0.15,
     "data/text_files": 0.1,
     "data/types": 0,
     "model/causal_lm": 3,

@@ -516,9 +516,47 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, monkeypatch,
 
 
 def test_lines_that_are_not_the_rows_are_an_error(tmp_path, monkeypatch):
-    path = write_rows(tmp_path / "a.jsonl", ROWS)
-    monkeypatch.setattr(sources, "filled_lines", lambda path: np.arange(1))
+    path = write(tmp_path / "a.csv", "prompt,output", "p,o", "q,r")
+    columns = ["prompt", "output"]
+    monkeypatch.setattr(sources, "csv_columns", lambda path: (columns, np.arange(1)))
     assert "2 rows on 1 lines; write each row on a line" in error_of(load_samples, path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["2024-01-01", "2024-05-06 07:08:09"],
+        ["4", 4],
+        ["null", '{"a": 1}', [1], {"b": 0.12345678901234567}],
+        [{"n": 5, "m": 1}, {"m": 5.5, "n": 2}],
+        [[{"a": 1, "b": None}], [{"c": "2024-01-01"}]],
+    ],
+    ids=["dates", "numbers", "JSON texts", "fields in another order", "other fields"],
+)
+def test_values_of_json_files_are_what_is_written(tmp_path, name, values):
+    rows = [{"text": "a", "value": value} for value in values]
+    lines = [json.dumps(row) for row in rows]
+    text = f"[{','.join(lines)}]" if name == "a.json" else "\r\n\r\n".join(lines)
+    content = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    read = load_samples(str(tmp_path / name)).rows_in(0, len(rows))
+    assert json.dumps(read) == json.dumps(rows)
+
+
+def test_a_number_far_into_a_json_file_leaves_the_texts_around_it(tmp_path):
+    rows = [{"text": "a" * 1_000_000} for _ in range(11)] + [{"text": "b"}, {"text": 7}]
+    samples = load_samples(write_rows(tmp_path / "a.jsonl", rows))
+    assert samples[11].content == (Turn("b", 1.0),)
+    assert "line 13 field 'text' is 7 (int)" in error_of(lambda: samples[12])
+
+
+def test_a_filter_reads_none_where_a_json_row_lacks_the_field(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "label": 1}])
+    assert texts(load_samples(path, filter="label == 1")) == [["b"]]
+    assert texts(load_samples(path, filter="label == None")) == [["a"]]
+    message = error_of(load_samples, path, filter="labels != 1")
+    assert "data.filter reads 'labels', but a.jsonl line 1 has the fields ['text']" in message
 
 
 def test_cells_of_a_csv_file_are_texts_and_filters_see_numbers(tmp_path):
@@ -597,6 +635,9 @@ def test_eval_prompts_and_their_metadata(tmp_path):
     rows[1]["prompt"] = "b"
     path = write_rows(tmp_path / "prompts.jsonl", rows)
     assert load_eval_prompts(path) == (["a", "b"], {"answer": [1, None]})
+    del rows[0]["answer"]
+    path = write_rows(tmp_path / "sparse.jsonl", rows)
+    assert load_eval_prompts(path) == (["a", "b"], {"answer": [None, None]})
     assert load_eval_prompts(write(tmp_path / "prompts.txt", "a", "", "b")) == (["a", "b"], {})
     (tmp_path / "prompts.py").write_text("def make():\n    return ['a']\n")
     assert load_eval_prompts(f"{tmp_path}/prompts.py:make") == (["a"], {})

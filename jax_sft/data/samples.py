@@ -16,6 +16,7 @@ from typing import Any
 
 from jax_sft.data.conversations import is_messages, read_chat_prompt
 from jax_sft.data.csv_cells import Cell
+from jax_sft.data.json_lines import JsonLines
 from jax_sft.data.row_checks import short
 from jax_sft.data.row_filter import RowFilter
 from jax_sft.data.row_reader import RowReader, read_prompt
@@ -154,7 +155,7 @@ def load_eval_prompts(
         values = as_sequence(load_function(source)(), what="eval_prompts")
     else:
         rows = load_rows(source)
-        values, name = rows.values, rows.name
+        values, name = _with_all_fields(rows), rows.name
     if not len(values):
         raise ValueError("eval_prompts is empty; pass at least one prompt, or None for none")
     prompts: list[str | list[str] | Conversation] = []
@@ -172,6 +173,15 @@ def load_eval_prompts(
         for key, extra in row.items():
             metadata[key].append(extra)
     return prompts, metadata
+
+
+def _with_all_fields(rows: Rows) -> Sequence[Any]:
+    """The rows, each with the fields of all; what it lacks is None."""
+    if not rows.are_sparse:
+        return rows.values
+    values = list(rows.values)
+    fields = dict.fromkeys(key for row in values if isinstance(row, Mapping) for key in row)
+    return [fields | row if isinstance(row, Mapping) else row for row in values]
 
 
 def _prompt_and_metadata(
@@ -280,11 +290,11 @@ def _read(rows: Rows, reader: RowReader, *, filter: str | None, max_samples: int
             )
         if num_passed > len(indices):
             dropped["filter"] = num_passed - len(indices)
-        values = values.select(indices) if _is_table(values) else [values[i] for i in indices]
+        values = _selected(values, indices)
         name = rows.name.of(indices)
     elif max_samples is not None:
         num_kept = min(max_samples, len(values))
-        values = values.select(range(num_kept)) if _is_table(values) else values[:num_kept]
+        values = _selected(values, range(num_kept))
     first = [values[index] for index in range(min(FIRST_ROWS, len(values)))]
     reader = reader.for_rows(first, [name(index) for index in range(len(first))])
     return Samples(
@@ -297,6 +307,11 @@ def _read(rows: Rows, reader: RowReader, *, filter: str | None, max_samples: int
     )
 
 
+def _selected(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    has_own = _is_table(values) or isinstance(values, JsonLines)
+    return values.select(indices) if has_own else [values[i] for i in indices]
+
+
 def _matching(rows: Rows, keep: RowFilter, max_samples: int | None) -> tuple[list[int], int]:
     """The indices of the rows to keep, and how many rows were looked at."""
     values = rows.values
@@ -305,12 +320,24 @@ def _matching(rows: Rows, keep: RowFilter, max_samples: int | None) -> tuple[lis
         if not missing and keep.fields:
             values = values.select_columns(sorted(keep.fields))
     indices: list[int] = []
+    num_passed, lacking, first = len(values), set(keep.fields), None
     for index, row in enumerate(values):
         if len(indices) == max_samples:
-            return indices, index
+            num_passed = index
+            break
+        if rows.are_sparse and isinstance(row, Mapping):
+            first = first or (rows.name(index), sorted(row))
+            lacking -= row.keys()
+            row = dict.fromkeys(keep.fields) | row
         if keeps(keep, row, rows.name(index), are_cells=rows.are_cells):
             indices.append(index)
-    return indices, len(values)
+    if first is not None and lacking:
+        raise _no_field(min(lacking), *first)
+    return indices, num_passed
+
+
+def _no_field(field: str, origin: str, fields: list[str]) -> ValueError:
+    return ValueError(f"data.filter reads {field!r}, but {origin} has the fields {fields}")
 
 
 def keeps(keep: RowFilter, row: Any, origin: str, *, are_cells: bool) -> bool:
@@ -324,9 +351,7 @@ def keeps(keep: RowFilter, row: Any, origin: str, *, are_cells: bool) -> bool:
     if not isinstance(row, Mapping):
         raise ValueError(f"{origin} is no row with fields; set data.filter to None")
     if absent := sorted(keep.fields - row.keys()):
-        raise ValueError(
-            f"data.filter reads {absent[0]!r}, but {origin} has the fields {sorted(row)}"
-        )
+        raise _no_field(absent[0], origin, sorted(row))
     if are_cells:
         row = {field: Cell(row[field]) for field in keep.fields}
     try:

@@ -2,7 +2,8 @@
 
 What comes in is a path or a hub name, what goes out are rows and a name for each that
 a person can find ("reviews.jsonl line 12"). Tables are read with `datasets`, which keeps
-them on disk; a file that cannot be read is an error that names the file and the line.
+them on disk, as JSONL files stay; a file that cannot be read is an error that names the
+file and the line.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jax_sft.data.json_lines import JsonLines
 from jax_sft.data.text_files import (
     check_unchanged,
     count_lines,
     csv_columns,
-    filled_lines,
     head_of,
-    json_values,
+    json_array,
     state_of,
     text_lines,
 )
@@ -78,6 +78,7 @@ class Rows:
         num_blank: blank lines between them.
         are_cells: whether they are CSV cells, all of them str; a filter then compares a
             cell with a number as a number.
+        are_sparse: whether a row may lack fields that others have; a table's have None there.
     """
 
     source: str
@@ -85,6 +86,7 @@ class Rows:
     name: Callable[[int], str]
     num_blank: int = 0
     are_cells: bool = False
+    are_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,8 @@ def load_rows(
     state = state_of(path)
     if place.kind == "text":
         rows = _load_lines(path)
-    elif "json" in place.kind and not _holds_objects(path, place.kind):
-        rows = _load_json_values(path, place.kind)
+    elif "json" in place.kind:
+        rows = _load_json(path, place.kind)
     else:
         rows = _load_table(place, num_proc=num_proc)
     check_unchanged(path, state)
@@ -261,25 +263,12 @@ def _unreadable(place: Place, error: Exception) -> ValueError:
 
 
 def _load_table(place: Place, *, num_proc: int) -> Rows:
-    path, kind = place.path, place.kind
-    if kind == "csv":
+    path = place.path
+    if place.kind == "csv":
         columns, lines = csv_columns(path)
         table = open_dataset(place, num_proc=num_proc, columns=columns) if len(lines) else []
         return Rows(str(path), table, _line_names(path, lines, table), are_cells=True)
-    if kind == "parquet":
-        return Rows(str(path), open_dataset(place, num_proc=num_proc), names_of(place))
-    are_lines = is_lines(path, kind)
-    # Arrays are read by a parser that keeps the last of two equal keys without a word.
-    first = islice(json_values(path, are_lines=are_lines), FIRST_ROWS if are_lines else None)
-    if any(isinstance(value, BadRow) for _, value in first):
-        return _load_json_values(path, kind)
-    try:
-        table = open_dataset(place, num_proc=num_proc)
-    except ValueError:  # not all are objects, or Arrow has no type for them: rows are named so
-        return _load_json_values(path, kind)
-    if not are_lines:
-        return Rows(str(path), table, names_of(place))
-    return Rows(str(path), table, _line_names(path, filled_lines(path), table))
+    return Rows(str(path), open_dataset(place, num_proc=num_proc), names_of(place))
 
 
 def _line_names(path: Path, lines: np.ndarray, table: Sequence[Any]) -> RowNames:
@@ -301,26 +290,19 @@ def _load_lines(path: Path) -> Rows:
     return Rows(str(path), texts, names, count_lines(path) - len(texts))
 
 
-def _load_json_values(path: Path, kind: str) -> Rows:
-    """Any values, as one JSON array or a value a line; read into memory."""
-    are_lines = is_lines(path, kind)
-    numbers, values = [], []
-    for number, value in json_values(path, are_lines=are_lines) if head_of(path) else ():
-        numbers.append(number)
-        values.append(value)
-    names = RowNames(f"{path.name} line ", numbers=np.array(numbers, np.int64))
-    return Rows(str(path), values, names if are_lines else RowNames(f"{path.name} row "))
+def _load_json(path: Path, kind: str) -> Rows:
+    """Any values: a value a line, or those of one JSON array, which is read into memory."""
+    if is_lines(path, kind):
+        values = JsonLines(path)
+        names = RowNames(f"{path.name} line ", numbers=values.numbers_N)
+        return Rows(str(path), values, names, are_sparse=True)
+    values = list(json_array(path))
+    return Rows(str(path), values, RowNames(f"{path.name} row "), are_sparse=True)
 
 
 def is_lines(path: Path, kind: str) -> bool:
     """Whether a JSON file is a value a line, and not one array."""
     return kind == "jsonl" or not head_of(path).startswith("[")
-
-
-def _holds_objects(path: Path, kind: str) -> bool:
-    """Whether the values are objects, which `datasets` reads, going by the first."""
-    head = head_of(path)
-    return head.removeprefix("" if is_lines(path, kind) else "[").lstrip().startswith("{")
 
 
 def _datasets_errors() -> tuple[type[Exception], ...]:

@@ -1,13 +1,14 @@
 """Text files as they are found: opened, counted, and the line named where they are wrong.
 
 What comes in is a path (a .gz file is read as what is in it), what goes out are lines,
-JSON values with their line numbers, or a CSV file's columns. A fault is a ValueError
+JSON values, or a CSV file's columns. A fault is a ValueError
 that names the file, the line and the remedy; where lines are rows, one that is wrong is
 a BadRow in its place, and the others are read.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -102,10 +103,28 @@ def _line_of_no_text(path: Path, number: int, line: str) -> BadRow:
     raise AssertionError(f"{path} line {number} is UTF-8")
 
 
-def filled_lines(path: Path) -> np.ndarray:
-    """The numbers, from 1, of the lines that are not blank."""
-    with open_text(path) as file:
-        return np.fromiter((n for n, line in enumerate(file, 1) if line.strip()), np.int64)
+def filled_places(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the lines that are not blank are.
+
+    Returns:
+        Their numbers, from 1, and the bytes that they begin at and end before, in what a .gz
+        file holds; int64 each.
+    """
+    numbers, starts, ends, end = array("q"), array("q"), array("q"), 0
+    # Line ends stay as they are, so that bytes can be counted.
+    with open_text(path, newline="", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            start, end = end, end + len(line.encode(errors="surrogateescape"))
+            if line.strip():
+                numbers.append(number)
+                starts.append(start)
+                ends.append(end)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        has_bom = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    before = len(codecs.BOM_UTF8) if has_bom else 0  # which is no part of the first line
+    numbers_N, starts_N, ends_N = (np.array(a, np.int64) for a in (numbers, starts, ends))
+    return numbers_N, starts_N + before, ends_N + before
 
 
 def count_lines(path: Path) -> int:
@@ -120,20 +139,26 @@ def head_of(path: Path) -> str:
         return file.read(4096).lstrip()
 
 
-def json_values(path: Path, *, are_lines: bool) -> Iterator[tuple[int, Any]]:
-    """Reads a value a line, or the values of one array, each with the line it begins on.
-
-    A line that is no JSON, or in which an object has a key twice, is a BadRow.
+def json_array(path: Path) -> Iterator[Any]:
+    """The values of a file that holds one JSON array.
 
     Raises:
-        ValueError: the same of an array, of which nothing can be read then.
+        ValueError: a value is no JSON, or an object has a key twice; it names the line.
     """
-    if are_lines:
-        for number, line in text_lines(path):
-            yield number, line if isinstance(line, BadRow) else json_value(line, path, number)
-    else:
-        with open_text(path) as file:
-            yield from _values_of_array(file.read(), path)
+    with open_text(path) as file:
+        yield from _values_of_array(file.read(), path)
+
+
+def json_line(line: bytes, path: Path, number: int) -> Any:
+    """The value that a line's bytes hold, or a BadRow that names it.
+
+    Raises:
+        ValueError: the file holds gzip data.
+    """
+    try:
+        return json_value(line.decode(), path, number)
+    except UnicodeDecodeError:
+        return _line_of_no_text(path, number, line.decode(errors="surrogateescape"))
 
 
 def json_value(line: str, path: Path, number: int) -> Any:
@@ -146,7 +171,7 @@ def json_value(line: str, path: Path, number: int) -> Any:
         return _unread(path, number, error)
 
 
-def _values_of_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
+def _values_of_array(text: str, path: Path) -> Iterator[Any]:
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     at = counted = _after_blanks(text, 0)
     line = 1 + text.count("\n", 0, at)
@@ -155,7 +180,7 @@ def _values_of_array(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         while text[at : at + 1] != "]":
             line, counted = line + text.count("\n", counted, at), at
             value, at = decoder.raw_decode(text, at)
-            yield line, value
+            yield value
             at = _after_blanks(text, at)
             if text[at : at + 1] == ",":
                 comma, at = at, _after_blanks(text, at + 1)
