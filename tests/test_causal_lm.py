@@ -1,5 +1,6 @@
 """CausalLM: opened from fields or a folder, called, generating; bad input named."""
 
+import copy
 import dataclasses
 import json
 
@@ -98,6 +99,16 @@ def test_stop_sequences_end_an_output_and_are_cut_off(speaker):
     stop = full[2:4]
     [cut] = speaker.generate(["ab"], max_new_tokens=12, do_sample=False, stop_sequences=[stop])
     assert cut == full[: full.index(stop)].rstrip()
+
+
+def test_a_special_token_may_be_a_stop_sequence(speaker):
+    """Decoded outputs leave special tokens out, so that no text would ever have it."""
+    [full] = speaker.generate(["ab"], max_new_tokens=12, do_sample=False)
+    model = copy.copy(speaker)
+    model.tokenizer = copy.deepcopy(speaker.tokenizer)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": [full[2]]})
+    [cut] = model.generate(["ab"], max_new_tokens=12, do_sample=False, stop_sequences=[full[2]])
+    assert cut == full[: full.index(full[2])].rstrip()
 
 
 @pytest.mark.parametrize(

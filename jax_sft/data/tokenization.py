@@ -651,6 +651,15 @@ def check_stop_sequences(stop_sequences: Sequence[str]) -> None:
             )
 
 
+def special_stop_ids(
+    stop_sequences: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The ids of those stop sequences that are special tokens, which no decoded text shows."""
+    known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return [known[stop] for stop in stop_sequences if stop in known]
+
+
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         listed = ", ".join(map(repr, choices))

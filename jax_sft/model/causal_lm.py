@@ -25,7 +25,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from jax_sft import sampler, sharding
 from jax_sft.data.samples import load_eval_prompts
-from jax_sft.data.tokenization import decode_outputs, load_tokenizer, prompt_ids, token_id
+from jax_sft.data.tokenization import (
+    check_stop_sequences,
+    decode_outputs,
+    load_tokenizer,
+    prompt_ids,
+    special_stop_ids,
+    token_id,
+)
 from jax_sft.model import adapter_files, lora, pretrained
 from jax_sft.model.attention import check_backend, choose_backend
 from jax_sft.model.decoder import Decoder, init_params, logical_axes, logits
@@ -462,6 +469,8 @@ class CausalLM:
             if name not in known:
                 raise ValueError(f"gen_kwargs has no {name!r}: choose among {known}")
 
+        check_stop_sequences(stop_sequences)
+
         def should_stop(answer: list[int]) -> bool:
             text = self.tokenizer.decode(answer, skip_special_tokens=True)
             return any(stop in text for stop in stop_sequences)
@@ -472,7 +481,7 @@ class CausalLM:
                 self.params,
                 prompts,
                 sampling=sampler.Sampling(**gen_kwargs),
-                stop_ids=self.stop_ids,
+                stop_ids=self.stop_ids + special_stop_ids(stop_sequences, self.tokenizer),
                 seed=seed,
                 num_batch_shards=sharding.num_shards(self.mesh, "batch"),
                 should_stop=should_stop if stop_sequences else None,
