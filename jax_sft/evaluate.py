@@ -90,9 +90,9 @@ def evaluate_prompts(
         if metric_fn is not None:
             start = time.perf_counter()
             samples = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
-            score = functools.partial(
-                metric_fn, samples=samples, prompts=list(prompts), outputs=outputs, **metadata
-            )
+            given = {"samples": samples, "prompts": prompts, "outputs": outputs, **metadata}
+            # Copies, as they are needed again and a metric may sort or empty what it is given.
+            score = functools.partial(metric_fn, **{k: list(v) for k, v in given.items()})
             means = from_first(functools.partial(_add_scores, score, columns, len(prompts)))
             metrics |= {f"metrics/{name}{suffix}": mean for name, mean in means.items()}
             seconds["time/metric"] += time.perf_counter() - start
@@ -108,6 +108,11 @@ def _add_scores(
     means = {}
     for name, values in check_scores(score(), num_samples=num_samples).items():
         means[name] = float(np.mean(values))
+        if values.ndim and name in columns:
+            raise ValueError(
+                f"metric_fn returned a score named {name!r}, as a column of the samples is: "
+                "rename it"
+            )
         if values.ndim:
             columns[name] = values.tolist()
     return means

@@ -67,6 +67,30 @@ def test_metric_fn_gets_samples_prompts_outputs_and_metadata():
     assert table.rows == [["a ", "no", 2.0], ["b ", "nono", 4.0]]
 
 
+def test_what_a_metric_fn_does_to_its_lists_stays_with_it():
+    def metric_fn(**lists):
+        for values in lists.values():
+            values.clear()
+        return {"x": 1.0}
+
+    prompts, metadata = ["a"], {"answer": ["x"]}
+    _, [table] = evaluate_prompts(
+        lambda _: ["o"], prompts=prompts, metadata=metadata, gen_kwargs={}, metric_fn=metric_fn
+    )
+    assert (table.rows, prompts, metadata) == ([["a", "o"]], ["a"], {"answer": ["x"]})
+
+
+def test_a_score_may_not_have_the_name_of_a_column():
+    with pytest.raises(ValueError, match="score named 'output', as a column of the samples is"):
+        evaluate_prompts(
+            lambda _: ["o"],
+            prompts=["p"],
+            metadata={},
+            gen_kwargs={},
+            metric_fn=lambda **_: {"output": [1.0]},
+        )
+
+
 def test_each_swept_value_has_its_metrics_and_table():
     metrics, tables = evaluate_prompts(
         lambda kwargs: ["x" * kwargs["top_k"]],
