@@ -5,6 +5,7 @@ several processes, they end together: all of them well, or all with the code of 
 """
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 
     What this package says of the user's input is one line and exit code 2, and of a step that
     was not finite one line and exit code 1; processes that do not find one another end in one
-    line and `interrupt.STOPPED`. Any other exception, also a ValueError that a library or the
+    line and `interrupt.STOPPED`; a reader of the output that has left, as `head` does, in one line
+    and what shells have for SIGPIPE. Any other exception, also a ValueError that a library or the
     user's metric_fn raised, keeps its traceback: only that says where it arose.
     """
     try:
@@ -55,6 +57,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
 def _run(main: Callable[[Sequence[str]], None]) -> int:
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except SystemExit as exit:
         if exit.code != STOPPED:
             raise
@@ -72,9 +75,21 @@ def _verdict(error: BaseException) -> tuple[int, str | None]:
         return 2 if isinstance(error, ValueError) else 1, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"  # as shells have it: 128 + SIGINT
+    if isinstance(error, BrokenPipeError) and _is_output_closed():
+        return 141, "standard output was closed"  # 128 + SIGPIPE
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, None
     return 1, None
+
+
+def _is_output_closed() -> bool:
+    """Whether nobody reads what is printed; then what is left of it goes nowhere, in silence."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    is_closed = bool(poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
 
 
 def _is_ours(error: Exception) -> bool:

@@ -153,6 +153,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                message = "a key is a list or a dict, and not a name"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             if key.value in seen:
                 message = f"key {key.value!r} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
@@ -204,6 +207,10 @@ def read_config_file(file: str) -> Any:
         raise ValueError(f"{file} line {line}: {error.problem}; expected YAML") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not text: {_one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deep; expected sections of keys") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); see to its rights") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {shortened(values)}; expected sections of keys")
@@ -238,10 +245,11 @@ def _run_python(path: Path) -> Any:
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
         ]
-        if not lines:
+        if not lines and isinstance(error, ValueError):  # of this function
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path} line {lines[-1]}: {kind}{_one_line(error)}") from None
+        place = f"{path} line {lines[-1]}" if lines else path
+        raise ValueError(f"{place}: {kind}{_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:

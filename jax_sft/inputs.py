@@ -128,6 +128,11 @@ def load_inputs(
         _check_held_out(config)
     if metric_fn is None and config.data.metric_fn is not None:
         metric_fn = load_function(config.data.metric_fn)
+    if metric_fn is not None and not callable(metric_fn):
+        raise ValueError(
+            f"metric_fn is a {type(metric_fn).__name__}: pass a function of samples, prompts, "
+            "outputs and **metadata"
+        )
     prompts = _find_prompts(config, eval_prompts, tokenizer)
     stream = None
     if config.data.streaming:

@@ -50,15 +50,15 @@ def find_resume_folder(run_dir: Path, asked: str | None) -> str | None:
     return asked
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raises ValueError unless files can be made in run_dir, which is made if missing."""
+def check_writable(folder: Path, *, key: str = "train.checkpoint_dir") -> None:
+    """Raises ValueError unless files can be made in a folder, which is made if missing."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"train.checkpoint_dir={str(run_dir)!r} cannot be written ({error.strerror}): set it "
+            f"{key}={str(folder)!r} cannot be written ({error.strerror}): set it "
             "to a folder that can"
         ) from None
 

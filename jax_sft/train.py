@@ -126,6 +126,8 @@ def train(
     config.validate()
     check_start(config)
     run_folder.check_writable(Path(config.train.checkpoint_dir))
+    if config.train.logging_dir is not None:
+        run_folder.check_writable(Path(config.train.logging_dir), key="train.logging_dir")
     run_folder.check_shared(Path(config.train.checkpoint_dir))
     tokenizer = find_tokenizer(config, tokenizer)
     model = open_model(config, tokenizer)

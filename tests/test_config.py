@@ -455,6 +455,7 @@ def test_a_python_file_gives_its_config(tmp_path, monkeypatch):
         ("a.py", "def f():\n    1 / 0\ndef get_config():\n    f()\n", "a.py line 2: ZeroDiv"),
         ("a.py", "import nowhere\n", "a.py line 1: ModuleNotFoundError"),
         ("a.py", "def get_config():\n    return {}\n", "returned {}; expected an SFTConfig"),
+        ("a.py", "def get_config(size):\n    return {}\n", "a.py: TypeError: get_config() missing"),
         ("a.py", "from jax_sft.config import default_sft_config as d\n\n"
          "def get_config():\n    return d().evolve(train=dict(seq_len=1))\n",
          "a.py line 4: unknown config key train.seq_len; did you mean train.seq_length?"),
@@ -465,6 +466,8 @@ def test_a_python_file_gives_its_config(tmp_path, monkeypatch):
         ("a.yaml", "train:\n", "a.yaml: config section train is None; expected a dict"),
         ("a.yaml", "1: 2\n", "a.yaml: unknown config key 1"),
         ("a.yaml", "x: \x00\n", "a.yaml"),
+        ("a.yaml", "train:\n  ? [1]\n  : 2\n", "a.yaml line 2: a key is a list or a dict"),
+        ("a.json", '{"train":' * 9999, "a.json is nested too deep; expected sections"),
         ("a.json", '{"train":\n {"epochs": }}', "a.json line 2: "),
         ("a.json", '{"train": {"epochs": 1, "epochs": 2}}', "key 'epochs' is given twice"),
     ],
@@ -472,6 +475,13 @@ def test_a_python_file_gives_its_config(tmp_path, monkeypatch):
 def test_a_mistake_in_a_file_is_one_line_with_its_place(tmp_path, name, text, line):
     file = write(tmp_path / name, text)
     assert line in refused(config_from_flags, [f"--config={file}"])
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.symlink_to("/proc/self/mem")
+    line = refused(config_from_flags, [f"--config={file}"])
+    assert "a.yaml cannot be read (Input/output error); see to its rights" in line
 
 
 def test_a_missing_file_names_the_one_beside_it(tmp_path):

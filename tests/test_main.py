@@ -156,3 +156,17 @@ def test_as_a_process():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --config file gone.py") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    started = subprocess.Popen(
+        [sys.executable, "-m", "jax_sft.main", "--help"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started.stdout.close()
+    assert started.stderr.read() == "standard output was closed\n"
+    started.stderr.close()
+    assert started.wait() == 141

@@ -110,7 +110,7 @@ def check_peft_config(fields: Mapping[str, Any]) -> None:
     values = _DEFAULTS | dict(fields)
     rank, dropout, init = values["r"], values["lora_dropout"], values["init_lora_weights"]
     checks = {
-        "r": (isinstance(rank, int) and rank >= 1, "a whole number, at least 1"),
+        "r": (type(rank) is int and rank >= 1, "a whole number, at least 1"),
         "lora_alpha": (_is_number(values["lora_alpha"]), "a number"),
         "lora_dropout": (_is_number(dropout) and 0 <= dropout < 1, "in [0, 1)"),
         "init_lora_weights": (init in (True, "gaussian"), "True or 'gaussian'"),

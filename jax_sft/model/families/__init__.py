@@ -147,6 +147,11 @@ def _check_any_family(config: Any) -> None:
             "config field per_layer_config gives layers options of their own, which is not built:"
             " choose a model whose layers are alike"
         )
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            field = config.attribute_map.get(name, name)
+            raise ValueError(f"config field {field}={size} leaves no model: set it to at least 1")
     if not getattr(config, "is_causal", True):
         raise ValueError(
             f"config field is_causal={config.is_causal!r} is not built: only True is, where a"
