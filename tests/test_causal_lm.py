@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_tokenizers import packaged_bytes
 from tiny_models import FIELDS, draw_params, one_device, tiny_gpt2
+from transformers import GPTNeoConfig, Qwen2Config
 
 from jax_sft.model.causal_lm import CausalLM, Placement
 
@@ -176,3 +177,36 @@ def test_a_saved_model_is_opened_with_its_tokenizer_and_changed_fields(speaker, 
     assert changed.decoder.config.residual_dropout == 0.5
     with pytest.raises(ValueError, match="model_type is 'llama', but the model in model_path"):
         CausalLM.open(tmp_path, fields=dict(model_type="llama"), placement=ONE)
+
+
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+NEO_SIZES = dict(hidden_size=16, num_layers=2, num_heads=2, vocab_size=9)
+WINDOWS = dict(use_sliding_window=True, sliding_window=3)
+SLIDING = dict(layer_types=["sliding_attention"] * 2)
+LOCAL = dict(attention_types=[[["local"], 2]])
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (Qwen2Config(**SIZES), WINDOWS, "use_sliding_window changes nothing of a model that is lo"),
+        (Qwen2Config(**SIZES), SLIDING | dict(sliding_window=3), "Qwen2Config makes another model"),
+        (
+            GPTNeoConfig(**NEO_SIZES, attention_types=[[["global"], 2]]),
+            LOCAL,
+            "set what GPTNeoConfig makes of it, as layer_types or attention_layers",
+        ),
+    ],
+    ids=["no effect", "lost when saved", "another family"],
+)
+def test_a_changed_field_that_would_be_lost_is_refused(config, fields, message, tmp_path):
+    """The class has made layer_types, or attention_layers, when the config was made."""
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        CausalLM.open(tmp_path, fields=fields, placement=ONE)
+
+
+def test_a_changed_field_may_come_with_what_is_made_of_it(tmp_path):
+    Qwen2Config(**SIZES).save_pretrained(tmp_path)
+    model = CausalLM.open(tmp_path, fields=WINDOWS | SLIDING, placement=ONE)
+    assert [layer.window for layer in model.decoder.config.layers] == [3, 3]

@@ -590,9 +590,45 @@ def _override(config: Any, fields: dict[str, Any]) -> None:
             f"model.config.model_type is {fields['model_type']!r}, but the model in model_path "
             f"is {config.model_type!r}: leave it out, or set model.init='random'"
         )
+    old = {name: getattr(config, name) for name in fields}
     with _one_line_of_a_bad_field():
         for name, value in fields.items():
             setattr(config, name, value)
+    if fields:
+        _check_changes(config, old)
+
+
+def _check_changes(config: Any, old: dict[str, Any]) -> None:
+    """Refuses changes that would be lost: classes make some fields of others when they are read.
+
+    Args:
+        config: changed, field by field.
+        old: the values before, of what was changed.
+    """
+    kind, meant = type(config).__name__, read_config(config)
+    if _read_again(config) != meant:
+        raise ValueError(
+            f"model.config.{', '.join(old)}: {kind} makes another model of these fields when it is"
+            " read from a file: change too what it makes of them"
+        )
+    made = {name for name in find_family(config).harmless if name in old}
+    idle = [name for name in made if getattr(config, name) != old[name]]
+    without = copy.deepcopy(config)
+    for name in idle:
+        setattr(without, name, old[name])
+    if idle and _read_again(without) == meant:
+        raise ValueError(
+            f"model.config.{', '.join(sorted(idle))} changes nothing of a model that is loaded:"
+            f" leave it out, or set what {kind} makes of it, as layer_types or attention_layers"
+        )
+
+
+def _read_again(config: Any) -> DecoderConfig | None:
+    """What the config would say after it was saved and loaded; None where it would be refused."""
+    try:
+        return read_config(type(config).from_dict(config.to_dict()))
+    except (ValueError, StrictDataclassError):
+        return None
 
 
 @contextlib.contextmanager
