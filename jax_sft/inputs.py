@@ -111,13 +111,14 @@ def load_inputs(
     eval_samples: Any = None,
     eval_prompts: Any = None,
     metric_fn: MetricFn | None = None,
-    stop_sequences: Sequence[str] = (),
+    stop_sequences: Sequence[str] | None = (),
 ) -> Inputs:
     """Reads and tokenizes all that a run is given; what is None comes from the config.
 
     Raises:
         ValueError: something is missing or not as it must be; one line says what.
     """
+    stop_sequences = () if stop_sequences is None else stop_sequences
     check_stop_sequences(stop_sequences)
     if samples is None and config.data.train is None:
         raise ValueError(

@@ -15,6 +15,7 @@ its part of the cache is computed anew when it becomes longer, as if it were dec
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -57,6 +58,18 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        kinds = {
+            "max_new_tokens": (numbers.Integral, "a whole number"),
+            "do_sample": (bool, "True or False"),
+            "temperature": (numbers.Real, "a number"),
+            "top_k": (numbers.Integral, "a whole number"),
+            "top_p": (numbers.Real, "a number"),
+            "repetition_penalty": (numbers.Real, "a number"),
+        }
+        for name, (kind, expected) in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{name}={value!r} must be {expected}")
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 or more"),

@@ -76,7 +76,7 @@ def train(
     eval_prompts: Any = None,
     metric_fn: MetricFn | None = None,
     config: SFTConfig | None = None,
-    stop_sequences: Sequence[str] = (),
+    stop_sequences: Sequence[str] | None = (),
     eval_samples: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -98,7 +98,7 @@ def train(
         metric_fn: metric_fn(samples=, prompts=, outputs=, **metadata) -> {name: numbers}, one
             number a sample or one for all; None: config.data.metric_fn.
         config: None for `default_sft_config()`; it is not changed.
-        stop_sequences: strings that end an output; none: config.data.stop_sequences.
+        stop_sequences: strings that end an output; None or none: config.data.stop_sequences.
         eval_samples: held-out samples for eval/loss, or {name: samples} for eval/name/loss;
             None: config.data.eval.
         tokenizer: None loads config.tokenizer.tokenizer_path, or the model's own.

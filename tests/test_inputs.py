@@ -38,6 +38,7 @@ def test_arguments_win_over_the_config(tmp_path):
     assert from_config.evals[""].counts.kept == 1
     assert from_config.prompts.texts == ["asked"]
     assert from_config.stop_sequences == ("stop",)
+    assert load(config, samples=["a"], stop_sequences=None).stop_sequences == ("stop",)
     assert from_config.metric_fn(4.0) == 2.0
 
     passed = load(

@@ -135,6 +135,11 @@ def test_what_can_be_drawn_is_what_transformers_would_draw(kwargs):
     ("kwargs", "message"),
     [
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(max_new_tokens=2.5), "max_new_tokens=2.5 must be a whole number"),
+        (dict(top_k=True), "top_k=True must be a whole number"),
+        (dict(temperature="hot"), "temperature='hot' must be a number"),
+        (dict(top_p=None), "top_p=None must be a number"),
+        (dict(do_sample="no"), "do_sample='no' must be True or False"),
         (dict(temperature=-1.0), "temperature=-1.0 must be 0 or more"),
         (dict(top_k=-1), "top_k=-1 must be 0"),
         (dict(top_p=0.0), "top_p=0.0 must be in"),
