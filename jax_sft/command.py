@@ -4,17 +4,27 @@ In: a command's main. Out: the exit code, and what stands on standard error. Whe
 several processes, they end together: all of them well, or all with the code of the first to fail.
 """
 
+import argparse
 import os
 import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from jax_sft import failure
 from jax_sft.distributed import UNREACHABLE, Unreachable, initialize, world
 from jax_sft.interrupt import STOPPED
 from jax_sft.together import OtherProcessFailed
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's own flags; a mistake in them is a user's like any other, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError, for `run_command`."""
+        raise ValueError(message)
 
 
 def join_processes() -> None:

@@ -5,12 +5,11 @@ are read, not the optimizer's state, and they are spread over the devices that a
 many the run had.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_sft.command import join_processes, run_command
+from jax_sft.command import Parser, join_processes, run_command
 from jax_sft.distributed import is_first
 
 
@@ -20,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError: no such run or step, or its files are damaged.
     """
-    parser = argparse.ArgumentParser("python -m jax_sft.export", description=__doc__)
+    parser = Parser("python -m jax_sft.export", description=__doc__)
     parser.add_argument("--checkpoint_dir", required=True, help="a run's folder")
     parser.add_argument("--step", type=int, help="a checkpoint's step; the newest if left out")
     parser.add_argument("--output", required=True, help="the folder to write")

@@ -5,10 +5,9 @@ output, and with --chat the answer alone. Sampling is what `--max_new_tokens` an
 without a word it is greedy.
 """
 
-import argparse
 from collections.abc import Sequence
 
-from jax_sft.command import join_processes, run_command
+from jax_sft.command import Parser, join_processes, run_command
 from jax_sft.distributed import is_first
 
 
@@ -18,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ValueError: the folder holds no model, or a prompt does not fit.
     """
-    parser = argparse.ArgumentParser("python -m jax_sft.generate", description=__doc__)
+    parser = Parser("python -m jax_sft.generate", description=__doc__)
     parser.add_argument("--model", required=True, help="a transformers folder, or a hub name")
     parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
     parser.add_argument(

@@ -18,9 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from jax_sft.command import run_command
+from jax_sft.command import Parser, run_command
 from jax_sft.config import SFTConfig, config_from_flags, help_text
 from jax_sft.topology import GIB, Topology, make_devices, parse_topology, prepare_environment
 
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 MFUS = (0.4, 0.5, 0.6)
 _NAMES = {"loss": "logits and loss", "working": "a layer at a time"}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the words that are the config's."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--json", action="store_true")

@@ -17,12 +17,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from jax_sft.command import run_command
+from jax_sft.command import Parser, run_command
 from jax_sft.config import SFTConfig, config_from_flags, help_text
 from jax_sft.run_folder import CONFIG, DATA_PAGE, DATA_REPORT, write_json
 
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from jax_sft.inputs import Inputs
 
 _MOST_SHOWN = 20  # examples of one row
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the words that are the config's."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--examples", type=int, default=3)
     parser.add_argument("--ids", action="store_true")
     parser.add_argument("--row")

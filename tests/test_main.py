@@ -112,7 +112,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, words, config_file, monkey
     ("module", "argv", "words"),
     [
         (generate, ["--model=gone/for/good", "--prompt=a"], ("gone/for/good", "does not exist")),
+        (generate, ["--model=gone"], ("required", "--prompt")),
+        (generate, ["--model=gone", "--prompt=a", "--seed=x"], ("--seed", "'x'")),
         (export, ["--checkpoint_dir=gone", "--output=x"], ("gone", "does not exist")),
+        (export, ["--checkpoint_dir=gone", "--output=x", "--dtype=int8"], ("'int8'", "float16")),
     ],
 )
 def test_the_other_commands_do_likewise(module, argv, words, monkeypatch, capsys):
