@@ -344,13 +344,14 @@ def test_what_a_backend_cannot_do_is_refused(asked, platform, fields, message):
 @pytest.mark.parametrize("backend", RUN_HERE)
 @pytest.mark.parametrize(
     "sizes",
-    [(2, 1, 2, 2), (1, 1, 8, 1), (1, 2, 1, 4)],
-    ids=["data x sequence x tensor", "sequence", "fsdp x tensor, few key heads"],
+    [(2, 1, 2, 2), (1, 1, 8, 1), (1, 2, 1, 4), (1, 1, 3, 1)],
+    ids=["data x sequence x tensor", "sequence", "fsdp x tensor, few key heads", "three"],
 )
 def test_split_over_devices_it_is_the_same(sizes, backend):
-    mesh = make_mesh(**dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True)))
+    sizes = dict(zip(("data", "fsdp", "sequence", "tensor"), sizes, strict=True))
+    mesh = make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     # Where it is not a multiple of blocks, those of the devices begin elsewhere.
-    num_tokens = 2 * QUERY_BLOCK + 8 * (backend == "xla")
+    num_tokens = 2 * QUERY_BLOCK + 8 * (backend == "xla" or sizes["sequence"] == 3)
     q, k, v = draw(num_tokens, num_tokens)
     segments = np.broadcast_to(np.arange(num_tokens) // 90, (2, num_tokens)).astype(np.int32)
     positions = np.broadcast_to(np.arange(num_tokens) % 90, (2, num_tokens)).astype(np.int32)

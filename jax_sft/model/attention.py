@@ -19,6 +19,7 @@ queries, for which it gathers the keys and values of the whole rows.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -226,7 +227,8 @@ def _attend_by_splash(
     T, H = q_BTHC.shape[1:3]
     mesh = jax.sharding.get_abstract_mesh()
     num_token_shards, num_head_shards = (num_shards(mesh, name) for name in ("tokens", "heads"))
-    room = -T % (TILE * num_token_shards)
+    # The kernel splits its mask's shards once more, by as many.
+    room = -T % math.lcm(TILE * num_token_shards, num_token_shards**2)
     kernel = make_kernel(
         row_len=T + room,
         num_heads=H // num_head_shards,

@@ -27,7 +27,7 @@ def make_kernel(
     """Builds the kernel of one device.
 
     Args:
-        row_len: tokens of a row, a multiple of TILE · num_shards.
+        row_len: tokens of a row, a multiple of TILE · num_shards and of num_shards².
         num_heads: query heads on a device.
         num_shards: devices that the tokens of a row are split over.
         window: a query sees this many keys, its own among them; None for all before it.
