@@ -50,6 +50,17 @@ def test_a_saved_datasets_fingerprint_is_its_own(tmp_path):
     assert all_differ(map(source_fingerprint, folders))
 
 
+def test_a_folder_of_jsons_fingerprint_is_its_files(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    first = source_fingerprint(str(tmp_path))
+    (tmp_path / "test.jsonl").write_text('{"text": "x"}\n')
+    assert source_fingerprint(str(tmp_path)) == first
+    (tmp_path / "train.jsonl").write_text('{"text": "y"}\n')
+    second = source_fingerprint(str(tmp_path))
+    (tmp_path / "train.jsonl").rename(tmp_path / "train-2.jsonl")
+    assert all_differ([first, second, source_fingerprint(str(tmp_path))])
+
+
 def test_a_functions_samples_have_none_before_it_is_called():
     assert source_fingerprint("module:function") is None
 

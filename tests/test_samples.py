@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import re
 
 import datasets
@@ -606,6 +607,66 @@ def test_a_saved_dict_of_splits_gives_the_split(tmp_path):
     assert texts(load_samples(str(tmp_path / "saved"), split="held_out"))[0][0] == "q"
     message = error_of(load_samples, str(tmp_path / "saved"), split="test")
     assert "it has the splits ['held_out', 'train'], not 'test': set data.split" in message
+
+
+def folder_of_json(path):
+    """Two splits, whose train has three files: lines, packed lines and an array."""
+    (path / "more").mkdir(parents=True)
+    lines = [json.dumps({"text": text, "day": "2024-01-01"}) for text in "abc"]
+    write(path / "train-1.jsonl", lines[0], "", lines[1])
+    write(path / "train-2.jsonl.gz", "", '{"text": "c", "day": 5.5}')
+    write(path / "train-3.json", '[{"text": "d", "day": 5},', '{"text": "e"}]')
+    write(path / "more" / "test.jsonl", *lines[:1])
+    return str(path)
+
+
+def test_a_folder_of_json_is_its_files(tmp_path):
+    samples = load_samples(folder_of_json(tmp_path / "data"))
+    assert samples.rows_in(0, 5) == [
+        {"text": "a", "day": "2024-01-01"},
+        {"text": "b", "day": "2024-01-01"},
+        {"text": "c", "day": 5.5},
+        {"text": "d", "day": 5},
+        {"text": "e"},
+    ]
+    assert isinstance(samples.rows_in(3, 4)[0]["day"], int)
+    assert [sample.origin for sample in samples] == [
+        "train-1.jsonl line 1",
+        "train-1.jsonl line 3",
+        "train-2.jsonl.gz line 2",
+        "train-3.json row 0",
+        "train-3.json row 1",
+    ]
+    picked = load_samples(str(tmp_path / "data"), filter="day == 5.5 or day == None", max_samples=2)
+    assert [sample.origin for sample in picked] == ["train-2.jsonl.gz line 2", "train-3.json row 1"]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("test", "a"), ("train+test", "abcdea"), ("train[60%:]", "de"), ("all", "abcdea")],
+)
+def test_a_folder_of_json_has_splits(tmp_path, monkeypatch, split, expected):
+    monkeypatch.chdir(folder_of_json(tmp_path / "data"))
+    read = load_samples(".", split=split)
+    assert "".join(text for [text] in texts(read)) == expected
+    origins = {"a": "line 1", "e": "train-3.json row 1"}
+    assert read[len(read) - 1].origin.endswith(origins[expected[-1]])
+    assert "Unknown split" in error_of(load_samples, ".", split="none")
+
+
+def test_a_folder_of_many_files_has_one_of_them_open(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(20):
+        write_rows(folder / f"{number:02}.jsonl", [{"text": str(number)}] * 2)
+    before = len(os.listdir("/proc/self/fd"))
+    samples = load_samples(str(folder))
+    assert [int(text) for [text] in texts(samples)] == [row // 2 for row in range(40)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    write(folder / "07.jsonl", "{")
+    assert "07.jsonl: the file changed while it was read" in error_of(lambda: samples[14])
+    message = error_of(lambda: list(load_samples(str(folder))))
+    assert "07.jsonl line 1: malformed JSON" in message
 
 
 def test_functions_give_samples(tmp_path, monkeypatch):

@@ -76,6 +76,24 @@ def test_lines_of_text_and_values_keep_their_numbers(tmp_path):
     assert samples_of(open_stream(path)) == read_at_once(load_samples(path))
 
 
+def test_a_streamed_folder_of_json_is_the_folder(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in [("a.jsonl", ROWS[:3]), ("b.jsonl.gz", ROWS[3:4]), ("c.json", ROWS[4:])]:
+        write_rows(folder / name, [row | {"day": "2024-01-01"} for row in rows])
+    stream, loaded = open_stream(str(folder)), load_samples(str(folder))
+    assert samples_of(stream) == read_at_once(loaded)
+    assert [row for _, row in stream.rows_from(0)] == loaded.rows_in(0, 7)
+    for number, index in enumerate(indices(stream)):
+        assert samples_of(stream, index) == read_at_once(loaded)[number:]
+        assert samples_of(stream, index + 1) == read_at_once(loaded)[number + 1 :]
+    with pytest.raises(ValueError, match=re.escape("has the splits ['train'], not 'test': set")):
+        open_stream(str(folder), split="test")
+    (folder / "c.json").write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match="c.json: one JSON array cannot be read piece by piece"):
+        open_stream(str(folder))
+
+
 class Again:
     def __iter__(self):
         return iter(ROWS)

@@ -92,6 +92,17 @@ def test_a_hit_does_not_open_the_source(tmp_path):
     assert found.sources[0].name == str(path)
 
 
+def test_rows_of_a_folder_keep_their_names(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, rows in [("a.jsonl", ROWS[:30]), ("b.jsonl", ROWS[30:])]:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    built = run(tmp_path / "c", lambda: load_samples(str(folder)), fingerprint="f")
+    found = run(tmp_path / "c", must_not_be_opened, fingerprint="f")
+    assert found.examples[0].origin == "a.jsonl line 1"
+    assert list(found.examples.origins) == list(built.examples.origins)
+
+
 def test_what_decides_ids_decides_the_entry(tmp_path):
     def num_entries():
         return sum(path.is_dir() for path in tmp_path.iterdir())

@@ -20,7 +20,7 @@ import numpy as np
 
 import jax_sft
 from jax_sft.data.samples import names_function
-from jax_sft.data.sources import RowNames, find_source, open_dataset
+from jax_sft.data.sources import RowNames, find_source, json_splits, open_dataset
 from jax_sft.data.types import Samples
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def source_fingerprint(
     place = find_source(source, format=format)
     if place.what == "file":
         content = _file_digest(place.path)
+    elif splits := json_splits(place, split):
+        wanted = {split: splits[split]} if split in splits else splits
+        content = [
+            [name, [[str(path), _file_digest(path)] for path in paths]]
+            for name, paths in wanted.items()
+        ]
     else:
         # From the hub's revision or the files' times, and the split.
         content = open_dataset(place, split=split)._fingerprint
@@ -84,7 +90,7 @@ def samples_fingerprint(samples: Samples) -> str | None:
         return None
     name = samples.name
     numbers = None if name.numbers is None else _bytes_digest(name.numbers.tobytes())
-    named = [name.before, name.after, name.step, numbers]
+    named = [name.before, name.after, name.step, name.files, numbers]
     about = [samples.source, samples.format, samples.dropped]
     return digest_of(content, len(rows), _bytes_digest(reader), named, about)
 

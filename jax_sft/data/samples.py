@@ -16,7 +16,7 @@ from typing import Any
 
 from jax_sft.data.conversations import is_messages, read_chat_prompt
 from jax_sft.data.csv_cells import Cell
-from jax_sft.data.json_lines import JsonLines
+from jax_sft.data.json_lines import JoinedRows, JsonLines
 from jax_sft.data.row_checks import short
 from jax_sft.data.row_filter import RowFilter
 from jax_sft.data.row_reader import RowReader, read_prompt
@@ -308,7 +308,7 @@ def _read(rows: Rows, reader: RowReader, *, filter: str | None, max_samples: int
 
 
 def _selected(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
-    has_own = _is_table(values) or isinstance(values, JsonLines)
+    has_own = _is_table(values) or isinstance(values, JsonLines | JoinedRows)
     return values.select(indices) if has_own else [values[i] for i in indices]
 
 

@@ -2,12 +2,13 @@
 
 What comes in is a path or a hub name, what goes out are rows and a name for each that
 a person can find ("reviews.jsonl line 12"). Tables are read with `datasets`, which keeps
-them on disk, as JSONL files stay; a file that cannot be read is an error that names the
-file and the line.
+them on disk, as JSONL files stay, alone or in a folder; a file that cannot be read is an
+error that names the file and the line.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sft.data.json_lines import JsonLines
+from jax_sft.data.json_lines import JoinedRows, JsonLines
 from jax_sft.data.text_files import (
     check_unchanged,
     count_lines,
@@ -30,6 +31,7 @@ from jax_sft.data.text_files import (
 from jax_sft.data.types import BadRow
 
 FIRST_ROWS = 100  # what is looked at to learn what rows are
+FILE_BITS = 40  # of a row's number the lower ones say the line, those above them the file
 _FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
@@ -49,16 +51,22 @@ class RowNames:
         after: what stands behind it.
         numbers: of each row; None: the index is the number.
         step: added to the number, 1 where lines count from 1.
+        files: of rows from several files, what stands before the number in each; which file
+            it is, is what the number has above FILE_BITS.
     """
 
     before: str
     after: str = ""
     numbers: np.ndarray | None = None
     step: int = 0
+    files: tuple[str, ...] = ()
 
     def __call__(self, index: int) -> str:
         """The name of the row at index."""
         number = index if self.numbers is None else self.numbers[index]
+        if self.files:
+            file, number = divmod(int(number), 1 << FILE_BITS)
+            return f"{self.files[file]}{number + self.step}{self.after}"
         return f"{self.before}{number + self.step}{self.after}"
 
     def of(self, indices: Sequence[int]) -> RowNames:
@@ -154,6 +162,8 @@ def load_rows(
     """
     place = find_source(source, format=format)
     path = place.path
+    if splits := json_splits(place, split):
+        return _load_folder(place, splits, split)
     if place.what in ("folder", "hub"):
         table = open_dataset(place, split=split, num_proc=num_proc)
         return Rows(place.source, table, names_of(place))
@@ -198,7 +208,7 @@ def open_dataset(
     """
     from datasets import load_dataset, load_from_disk  # takes a second to import
 
-    source = place.source
+    source = os.path.abspath(place.source) if place.what == "folder" else place.source
     options = {"streaming": True} if streaming else {"num_proc": num_proc if num_proc > 1 else None}
     with readable(place):
         if saved := _saved_dataset(place, split):
@@ -231,6 +241,43 @@ def _saved_dataset(place: Place, split: str) -> Path | None:
         splits = sorted(path.parent.name for path in place.path.glob("*/state.json"))
         raise ValueError(f"it has the splits {splits}, not {split!r}: set data.split")
     return saved
+
+
+def json_splits(place: Place, split: str) -> dict[str, list[Path]] | None:
+    """The files of each split that `datasets` finds in a folder of JSON; None for other places.
+
+    Args:
+        place: where the rows are.
+        split: the one that is asked for.
+
+    Raises:
+        ValueError: there are no files of data in the folder, or it is a saved dataset without
+            this split.
+    """
+    if place.what != "folder":
+        return None
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.json.json import Json
+
+    with readable(place):
+        if _saved_dataset(place, split):
+            return None
+        builder = load_dataset_builder(os.path.abspath(place.source))  # "." has no name
+    if not isinstance(builder, Json) or builder.config.field is not None:
+        return None
+    splits = {
+        str(name): [Path(file) for file in files]
+        for name, files in builder.config.data_files.items()
+    }
+    files = [path for paths in splits.values() for path in paths]
+    is_plain = all(path.is_file() and _json_kind(path) for path in files)
+    return splits if is_plain else None
+
+
+def _json_kind(path: Path) -> str | None:
+    """The kind that a JSON file's name tells; None for a name of something else."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix)
 
 
 def _csv_options(columns: Sequence[str] | None) -> dict[str, Any]:
@@ -298,6 +345,47 @@ def _load_json(path: Path, kind: str) -> Rows:
         return Rows(str(path), values, names, are_sparse=True)
     values = list(json_array(path))
     return Rows(str(path), values, RowNames(f"{path.name} row "), are_sparse=True)
+
+
+def _load_folder(place: Place, splits: dict[str, list[Path]], split: str) -> Rows:
+    """The rows of a split, or of what it names of the splits, as train[:10%] does."""
+    wanted = {split: splits[split]} if split in splits else splits
+    parts, numbers, starts = [], [], {}
+    for name, paths in wanted.items():
+        starts[name] = sum(map(len, parts))
+        for path in paths:
+            rows = _load_json(path, _json_kind(path))
+            own = rows.name.numbers
+            own = np.arange(len(rows.values)) if own is None else own
+            numbers.append(own + (len(parts) << FILE_BITS))
+            parts.append(rows.values)
+    files = line_names(place, [path for paths in wanted.values() for path in paths])
+    values, name = JoinedRows(parts), RowNames("", numbers=np.concatenate(numbers), files=files)
+    if split not in splits:
+        indices = _sliced(place, split, starts, len(values))
+        values, name = values.select(indices), name.of(indices)
+    return Rows(place.source, values, name, are_sparse=True)
+
+
+def _sliced(place: Place, split: str, starts: dict[str, int], end: int) -> np.ndarray:
+    """The indices of the rows that a split such as train[:10%] or train+test names."""
+    from datasets import ReadInstruction
+
+    ends = [*starts.values(), end][1:]
+    lens = {name: end - starts[name] for name, end in zip(starts, ends, strict=True)}
+    with readable(place):
+        spec = ReadInstruction.from_spec("+".join(starts) if split == "all" else split)
+        pieces = spec.to_absolute(lens)
+    return np.concatenate([starts[p.splitname] + np.arange(p.from_, p.to) for p in pieces])
+
+
+def line_names(place: Place, files: Sequence[Path]) -> tuple[str, ...]:
+    """What stands before a row's number in each JSON file of a folder."""
+    return tuple(
+        f"{os.path.relpath(path, place.path)} "
+        f"{'line' if is_lines(path, _json_kind(path)) else 'row'} "
+        for path in files
+    )
 
 
 def is_lines(path: Path, kind: str) -> bool:

@@ -7,7 +7,7 @@ whatever a filter keeps, so that a run that stopped at an index resumes at it ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,11 +18,14 @@ from jax_sft.data.row_filter import RowFilter
 from jax_sft.data.row_reader import RowReader
 from jax_sft.data.samples import keeps, load_function, names_function
 from jax_sft.data.sources import (
+    FILE_BITS,
     FIRST_ROWS,
     Place,
     RowNames,
     find_source,
     is_lines,
+    json_splits,
+    line_names,
     names_of,
     open_dataset,
     readable,
@@ -176,16 +179,19 @@ def _open(source: str | Iterable[Any], *, split: str, format: str | None) -> _St
     place = find_source(source, format=format)
     if place.what == "file":
         return _open_file(place)
+    if splits := json_splits(place, split):
+        if split not in splits:
+            raise ValueError(
+                f"{place.source}: it has the splits {sorted(splits)}, not {split!r}: set data.split"
+            )
+        return _open_folder(place, splits[split])
     return _StreamedRows(place.source, _dataset_passes(place, split=split), names_of(place))
 
 
 def _open_file(place: Place) -> _StreamedRows:
     path, state = place.path, state_of(place.path)
-    if place.kind == "json" and not is_lines(path, place.kind):
-        raise ValueError(
-            f"{path}: one JSON array cannot be read piece by piece; write an object a line "
-            "(.jsonl), or set data.streaming to False"
-        )
+    if place.kind == "json":
+        _check_lines(path)
     if "json" in place.kind or place.kind == "text":
         passes = lambda start: _lines(path, start, is_json=place.kind != "text")  # noqa: E731
         name = RowNames(f"{path.name} line ", step=1)
@@ -202,6 +208,33 @@ def _open_file(place: Place) -> _StreamedRows:
         check_unchanged(path, state)
 
     return _StreamedRows(str(path), rows_from, name, are_cells=place.kind == "csv")
+
+
+def _open_folder(place: Place, files: Sequence[Path]) -> _StreamedRows:
+    """JSON files one after another; an index says the file, above FILE_BITS, and the line."""
+    for path in files:
+        if ".json" in path.suffixes:
+            _check_lines(path)
+    states = [state_of(path) for path in files]
+
+    def rows_from(start: int) -> Iterator[tuple[int, Any]]:
+        first, line = divmod(start, 1 << FILE_BITS)
+        for number in range(first, len(files)):
+            check_unchanged(files[number], states[number])
+            own = _lines(files[number], line if number == first else 0, is_json=True)
+            yield from (((number << FILE_BITS) + index, row) for index, row in own)
+            check_unchanged(files[number], states[number])
+
+    name = RowNames("", step=1, files=line_names(place, files))
+    return _StreamedRows(place.source, rows_from, name)
+
+
+def _check_lines(path: Path) -> None:
+    if not is_lines(path, "json"):
+        raise ValueError(
+            f"{path}: one JSON array cannot be read piece by piece; write an object a line "
+            "(.jsonl), or set data.streaming to False"
+        )
 
 
 def _lines(path: Path, start: int, *, is_json: bool) -> Iterator[tuple[int, Any]]:

@@ -295,7 +295,7 @@ class _Entry:
             "source": samples.source,
             "format": samples.format,
             "dropped": samples.dropped,
-            "name": [name.before, name.after, name.step],
+            "name": [name.before, name.after, name.step, name.files],
         }
         with _writing():
             writer = TokenWriter(folder)
@@ -309,14 +309,15 @@ class _Entry:
     def _mapped(self, body: dict[str, Any]) -> ExampleSet:
         arrays, numbers = map_arrays(self.folder, body)
         about = body["about"]
-        before, after, step = about["name"]
+        before, after, step, files = about["name"]
+        name = RowNames(before, after, numbers, step, tuple(files))
         examples = Examples(
             arrays["inputs"],
             arrays["targets"],
             arrays["weights"],
             arrays["offsets"],
             tokenizer=self.tokenizer,
-            origins=Origins(arrays["rows"], RowNames(before, after, numbers, step)),
+            origins=Origins(arrays["rows"], name),
         )
         counts = Counts()
         for reason, num_rows in about["dropped"].items():
