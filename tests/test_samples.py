@@ -593,6 +593,16 @@ def test_missing_files_and_hub_names(tmp_path):
     assert "bytes.txt line 1: not UTF-8" in error_of(load_samples, str(tmp_path / "bytes.txt"))
 
 
+@pytest.mark.parametrize("load", [load_samples, load_eval_prompts])
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [("", "'' names no source; pass an existing"), ("/", "/: the root of all folders is no source")],
+)
+def test_an_empty_name_and_the_root_are_no_sources(load, source, problem):
+    message = error_of(load, source)
+    assert problem in message and "module:function" in message
+
+
 def test_a_saved_dataset_is_a_folder(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     samples = load_samples(str(tmp_path / "saved"))

@@ -123,17 +123,19 @@ def find_source(source: str, *, format: str | None = None) -> Place:
     Raises:
         ValueError: it is a path with nothing there, or a file of an unknown format.
     """
+    others = "an existing file, a dataset on the hub, or module:function"
     path = Path(source).expanduser()
+    if not source:  # which is a path to the current folder
+        raise ValueError(f"{source!r} names no source; pass {others}")
+    if path.is_dir() and path.resolve() == Path(path.resolve().anchor):
+        raise ValueError(f"{source}: the root of all folders is no source; pass {others}")
     if path.is_dir():
         return Place("folder", str(path))
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     by_name = _FORMATS.get(suffixes[-1]) if suffixes else None
     if not path.exists() and "://" not in source:
         if by_name or format or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(
-                f"{source}: no such file; pass an existing file, a dataset on the hub, or "
-                "module:function"
-            )
+            raise ValueError(f"{source}: no such file; pass {others}")
         return Place("hub", source)
     kind = format or by_name
     if kind is None:
