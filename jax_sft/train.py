@@ -356,6 +356,14 @@ class SFTTrainer:
                 "was False: make a model of it with python -m jax_sft.export, and start anew with "
                 "that as model.model_path"
             )
+        if step > self.num_steps:
+            total, epochs = self.config.train.total_steps, self.config.train.epochs
+            key = "total_steps" if total == self.num_steps else "epochs"
+            raise ValueError(
+                f"the checkpoint in {folder} is at step {step}, but train.total_steps={total} and "
+                f"train.epochs={epochs} end the run at step {self.num_steps}: raise train.{key}, "
+                f"for at least {step} steps, or make a model of it with python -m jax_sft.export"
+            )
         if self.inputs.stream is not None:
             self.inputs.stream.seek(data["stream"])
         if data["vocab_size"] != self.model.decoder.config.vocab_size:

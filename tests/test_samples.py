@@ -596,7 +596,10 @@ def test_missing_files_and_hub_names(tmp_path):
 @pytest.mark.parametrize("load", [load_samples, load_eval_prompts])
 @pytest.mark.parametrize(
     ("source", "problem"),
-    [("", "'' names no source; pass an existing"), ("/", "/: the root of all folders is no source")],
+    [
+        ("", "'' names no source; pass an existing"),
+        ("/", "/: the root of all folders is no source"),
+    ],
 )
 def test_an_empty_name_and_the_root_are_no_sources(load, source, problem):
     message = error_of(load, source)

@@ -325,6 +325,21 @@ def test_a_step_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
     assert state == 3
 
 
+def test_fewer_steps_than_the_checkpoint_has_are_refused(ran):
+    files = [path for path in ran.run_dir.rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    config = ran.config.evolve(
+        train=dict(total_steps=3, best_metric=None, resume_from_checkpoint="auto")
+    )
+    with pytest.raises(ValueError) as error:
+        jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config)
+    message = str(error.value)
+    assert "\n" not in message
+    for words in ("at step 5", "train.total_steps=3", "at least 5", "jax_sft.export"):
+        assert words in message
+    assert before == {path: path.stat().st_mtime_ns for path in files}
+
+
 def test_a_metric_of_the_wrong_length_is_found_before_training(tmp_path):
     with pytest.raises(ValueError, match="'x' of shape \\[3\\].*each of the 2 samples") as error:
         jax_sft.train(
