@@ -160,6 +160,13 @@ def _check_best_metric(config: SFTConfig, inputs: Inputs) -> None:
     for start, (is_measured, remedy) in remedies.items():
         if name.startswith(start) and not is_measured:
             raise ValueError(f"train.best_metric is {name!r}, which is not measured: {remedy}")
+    suffixes = [suffix for suffix, _ in sweep(config.method.gen_kwargs.to_dict())]
+    if name.startswith("metrics/") and not name.endswith(tuple(suffixes)):
+        named = " or ".join(name.partition("@")[0] + suffix for suffix in suffixes)
+        raise ValueError(
+            f"train.best_metric is {name!r}, but a metric of each of method.gen_kwargs's values "
+            f"has a name of its own: set it to {named}"
+        )
     if not name.startswith(tuple(remedies)):
         raise ValueError(
             f"train.best_metric is {name!r}: expected eval/loss, eval/perplexity or metrics/..., "

@@ -82,6 +82,17 @@ def refused(run_dir: Path, arguments: dict, sections: dict) -> str:
         ({}, dict(train=dict(best_metric="min:eval/loss")), ("eval/loss", "eval_samples")),
         ({}, dict(train=dict(best_metric="metrics/x")), ("metrics/x", "metric_fn")),
         ({}, dict(train=dict(best_metric="reward")), ("reward", "metrics/")),
+        (
+            dict(metric_fn=len),
+            dict(
+                train=dict(best_metric="max:metrics/x@top_k=1"),
+                method=dict(gen_kwargs=dict(top_k=(1, 2), temperature=(0.5,))),
+            ),
+            (
+                "metrics/x@top_k=1'",
+                "metrics/x@top_k=1@temperature=0.5 or metrics/x@top_k=2@temperature=0.5",
+            ),
+        ),
         ({}, dict(model=dict(config=dict(model_type="gpt9"))), ("gpt9",)),
         ({}, dict(model=dict(config=dict(n_layerz=2))), ("n_layerz",)),
         ({}, dict(model=dict(config=dict(n_head=3))), ("3", "16")),
