@@ -244,14 +244,30 @@ def test_counts_that_do_not_add_up_are_refused():
         data_report(given._replace(sources=given.sources[:1]))
 
 
-def test_answers_that_train_no_stop_token_are_refused():
-    def check(format="prompt_output", stop_tokens=(), **counts):
-        counts = Counts(rows_read=3, kept=3, **counts)
-        source = Source("a.jsonl", format, 1.0, counts)
-        check_trained(
-            ExampleSet(examples_from_parts([]), counts, (source,)), stop_tokens=stop_tokens
-        )
+def check(format="prompt_output", chosen=(), **counts):
+    counts = Counts(rows_read=3, kept=3, **counts)
+    source = Source("a.jsonl", format, 1.0, counts)
+    check_trained(ExampleSet(examples_from_parts([]), counts, (source,)), stop_tokens=chosen)
 
+
+def test_stop_tokens_for_what_is_no_conversation_are_refused():
+    stops = dict(stop_tokens={"</s>": 3}, untruncated_answers=3)
+    for format in ("text", "dialogue", "prompt_output"):
+        with pytest.raises(ValueError) as error:
+            check(format, ["zzz"], **stops)
+        message = str(error.value)
+        assert "\n" not in message and "a.jsonl" in message
+        assert "tokenizer.stop_tokens is ['zzz'], but" in message
+        assert "data.stop_sequences" in message
+    with pytest.raises(ValueError, match="tokenizer.stop_tokens is"):
+        check("text", ["zzz"])
+    check("prompt_output", ["zzz"])  # conversations, perhaps, all of them truncated
+    check("prompt_output", ["</s>"], **stops)
+    check("messages", ["zzz"], **stops)
+    check("tokens", ["zzz"], **stops)
+
+
+def test_answers_that_train_no_stop_token_are_refused():
     stops = dict(stop_tokens={"</s>": 3}, untruncated_answers=3)
     check(**stops)
     expected = "1 of 3 untruncated answers of a.jsonl train no stop token '</s>'"

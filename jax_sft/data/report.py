@@ -222,7 +222,8 @@ def check_trained(example_set: ExampleSet, *, stop_tokens: Sequence[str] = ()) -
         stop_tokens: the texts of the tokens that were looked for, where they were chosen.
 
     Raises:
-        ValueError: no row is trained, or an untruncated answer trains no stop token.
+        ValueError: no row is trained, an untruncated answer trains no stop token, or stop tokens
+            were chosen for rows that are no conversations.
     """
     counts = example_set.counts
     if not counts.kept:
@@ -233,6 +234,24 @@ def check_trained(example_set: ExampleSet, *, stop_tokens: Sequence[str] = ()) -
         )
     for source in example_set.sources:
         _check_stop_tokens(source, stop_tokens)
+    _check_chosen(example_set, stop_tokens)
+
+
+def _check_chosen(example_set: ExampleSet, stop_tokens: Sequence[str]) -> None:
+    """Chosen tokens end the answers of conversations, and are looked for in token ids."""
+    counts = example_set.counts
+    formats = {source.format for source in example_set.sources}
+    if not stop_tokens or set(stop_tokens) & set(counts.stop_tokens):
+        return
+    # A prompt and its output may be messages, whose stop tokens are counted unless truncated.
+    is_plain = formats <= {"text", "dialogue"}
+    if is_plain or formats <= {"text", "dialogue", "prompt_output"} and counts.untruncated_answers:
+        names = ", ".join(source.name for source in example_set.sources)
+        raise ValueError(
+            f"tokenizer.stop_tokens is {list(stop_tokens)}, but the rows of {names} are no "
+            "conversations, and end in EOS as tokenizer.add_eos says: leave it out, or set "
+            "data.stop_sequences to texts that end an output"
+        )
 
 
 def _check_stop_tokens(source: Source, stop_tokens: Sequence[str]) -> None:
