@@ -1,5 +1,7 @@
 """What every test runs under: eight CPU devices, no network, no silent rank promotion.
 
+`JAX_PLATFORMS=cuda` runs on a GPU what needs one device alone (docs/memory.md says which files).
+
 What is cached in the user's home goes to a folder of the session instead, and so do compiled
 programs, which tests and the processes they start have from each other. The variables must stand
 before jax is imported, which pytest does only after this file; child processes inherit them.
@@ -10,7 +12,11 @@ import gc
 import os
 import tempfile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") != "cpu":
+    # Several processes share the GPU; float32 is float32; kernels are those that users get.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

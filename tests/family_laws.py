@@ -127,13 +127,18 @@ def config_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def assert_close_logits(got_NV: np.ndarray, expected_NV: np.ndarray) -> None:
-    atol = TOLERANCE * np.abs(expected_NV).max()
+def assert_close_logits(
+    got_NV: np.ndarray, expected_NV: np.ndarray, tolerance: float = TOLERANCE
+) -> None:
+    atol = tolerance * np.abs(expected_NV).max()
     np.testing.assert_allclose(got_NV, expected_NV, rtol=0, atol=atol)
 
 
 def assert_close_losses(
-    got: tuple[float, np.ndarray], expected: tuple[float, np.ndarray], names: list[str]
+    got: tuple[float, np.ndarray],
+    expected: tuple[float, np.ndarray],
+    names: list[str],
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Checks losses and their gradients' probes.
 
@@ -141,12 +146,12 @@ def assert_close_losses(
     moves all scores of a query alike, so that its gradient is zero but for what rounding
     leaves of larger terms.
     """
-    np.testing.assert_allclose(got[0], expected[0], rtol=TOLERANCE)
+    np.testing.assert_allclose(got[0], expected[0], rtol=tolerance)
     sizes = np.abs(expected[1]).max(axis=1)
     errors = np.abs(got[1] - expected[1]).max(axis=1) / np.maximum(sizes, 0.1 * sizes.max())
-    # Not "> TOLERANCE", which NaN is not.
+    # Not "> tolerance", which NaN is not.
     wrong = {
-        name: error for name, error in zip(names, errors, strict=True) if not error < TOLERANCE
+        name: error for name, error in zip(names, errors, strict=True) if not error < tolerance
     }
     assert not wrong, f"relative errors of gradients: {wrong}"
 

@@ -5,13 +5,14 @@ import functools
 import jax
 import numpy as np
 import pytest
+from kernels import RUN_HERE, dtype_of, tolerance
 from tiny_models import assert_close_trees, draw_examples, lay_out, on_device, tiny_gpt2
 
+from jax_sft.model import attention_cudnn
 from jax_sft.model.attention import attend
 from jax_sft.model.attention_xla import QUERY_BLOCK
 from jax_sft.train_step import batch_sums
 
-RUN_HERE = ("xla", "splash")  # the second interpreted, where there is no TPU
 ROW_LEN = 40
 LENGTHS = [7, 12, 1, 20, 3, 16, 9, 40, 11]
 # Rows of examples by index, always five, so that one compilation serves all.
@@ -24,7 +25,13 @@ LAYOUTS = {
 
 @functools.cache
 def model(backend):
-    return tiny_gpt2(placement={"attention": backend})
+    return tiny_gpt2(placement={"attention": backend, "dtype": dtype_of(backend)})
+
+
+@pytest.fixture(autouse=True)
+def room_for_all_examples(monkeypatch):
+    """cuDNN is told where each example of a row begins, five at most, and padding."""
+    monkeypatch.setattr(attention_cudnn, "MEAN_LEN", 8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,8 +71,8 @@ def test_loss_and_gradients_are_sums_over_examples(backend, layout):
     alone_loss, alone_weight, alone_grads = alone(backend)
     assert float(weight_sum) == alone_weight
     # Float32 adds up about 100 terms in another order: 100 times its rounding, 6e-8.
-    np.testing.assert_allclose(loss_sum, alone_loss, rtol=6e-6)
-    assert_close_trees(grads, alone_grads, rtol=1e-5)
+    np.testing.assert_allclose(loss_sum, alone_loss, rtol=tolerance(backend, 6e-6, 4e-3))
+    assert_close_trees(grads, alone_grads, rtol=tolerance(backend, 1e-5, 3e-2))
 
 
 @pytest.mark.parametrize("backend", RUN_HERE)
