@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -13,6 +15,7 @@ from tiny_models import paths_and_leaves, tiny_gpt2
 
 from jax_sft.compiled import read_collectives
 from jax_sft.model import decoder as decoder_file
+from jax_sft.model.attention_splash import TILE
 from jax_sft.model.decoder import empty_cache, init_params, logical_axes, look_up, mask_padding
 from jax_sft.model.layers import ACTIVATIONS
 from jax_sft.sharding import MESH_AXES, make_mesh, named_sharding
@@ -145,24 +148,29 @@ def test_remat_changes_no_gradient(remat):
 
 
 def kept(decoder, params):
-    """What the backward pass is given beside the parameters, traced alone."""
+    """What the backward pass is given beside the parameters, traced alone and anew."""
 
     def residuals(params):
-        _, backward = jax.vjp(functools.partial(hidden_states, decoder), params)
+        _, backward = jax.vjp(functools.partial(hidden_states.__wrapped__, decoder), params)
         given = {id(leaf) for leaf in jax.tree.leaves(params)}
         return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
 
     return jax.make_jaxpr(residuals)(params).out_avals
 
 
-@pytest.mark.parametrize("attention", ["xla", "splash_interpreted", "cudnn"])
+@pytest.mark.parametrize(
+    ("attention", "on_hopper"),
+    [("xla", False), ("splash_interpreted", False), ("cudnn", False), ("cudnn", True)],
+)
 @pytest.mark.parametrize(
     ("remat", "num_kept", "num_on_host"), [("minimal", 2, 0), ("dots", 7, 0), ("offload", 7, 5)]
 )
-def test_remat_keeps_what_it_says_and_once(remat, num_kept, num_on_host, attention, monkeypatch):
+def test_remat_keeps_what_it_says_and_once(
+    remat, num_kept, num_on_host, attention, on_hopper, monkeypatch
+):
     """Attention's averages and logsumexps; of six products all but the last, which is added."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: least < "9.0")
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: on_hopper)
     model = tiny_gpt2()
     decoder = with_numerics(model.decoder, attention=attention, dtype=jnp.bfloat16)
     full, some = (
@@ -170,6 +178,13 @@ def test_remat_keeps_what_it_says_and_once(remat, num_kept, num_on_host, attenti
     )
     assert len(some) - len(full) == num_kept
     assert sum(x.memory_space == jax.memory.Space.Host for x in some) == num_on_host
+    # One logsumexp a head and token, also where cuDNN makes a row of them for each example.
+    row_len = TILE if attention.startswith("splash") else TOKENS.shape[1]
+    logsumexps = len(TOKENS) * model.decoder.config.num_heads * row_len
+    new = Counter((x.shape, x.dtype.name) for x in some)
+    new -= Counter((x.shape, x.dtype.name) for x in full)
+    sizes = [math.prod(shape[1:]) for shape, dtype in new if dtype == "float32"]
+    assert sizes == [logsumexps]
 
 
 def test_bfloat16_computes_in_bfloat16_near_float32():

@@ -3,17 +3,44 @@
 In: queries, keys and values of one device and their segments. Out: the averages. cuDNN's causal
 mask alone would let packed examples see each other. On Hopper and newer it is told where each
 example begins; elsewhere, and for windows, it is given the mask of a whole row as a bias.
+
+Told where examples begin, it keeps a row of logsumexps for each, as long as the row of tokens:
+
+    segment_ids   1 1 1 2 2        first    a b c . .      kept for the backward pass:
+                                   second   d e . . .      a b c d e
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-# What gives the averages and their logsumexps, in which nothing can be named (see
-# `decoder.REMAT_POLICIES`).
-CUDNN_PRIMITIVE = "dot_product_attention_fwd_wrapper"
+from jax_sft.model.attention_xla import pad_tokens
+
 MEAN_LEN = 64  # rows with more examples than of this length on average take the mask
+# Before it, keys' offsets were counted with the number of query heads.
+_COUNTS_KEY_HEADS = jax.__version_info__ >= (0, 11, 2)
+
+
+class Runs(NamedTuple):
+    """Where a device's segments stand in their rows; M is how many a row has room for.
+
+    Attributes:
+        starts_BM: int32 [B, M + 1], the first slot of each; -1 where there are no more.
+        lengths_BM: int32 [B, M], likewise.
+        numbers_BT: int32, which of all rows' segments each token is in.
+        places_BT: int32, where in it.
+        fit: bool scalar, whether all of them have found room.
+    """
+
+    starts_BM: jax.Array
+    lengths_BM: jax.Array
+    numbers_BT: jax.Array
+    places_BT: jax.Array
+    fit: jax.Array
 
 
 def attend_by_cudnn(
@@ -47,26 +74,21 @@ def attend_by_cudnn(
     T, S = q_BTHC.shape[1], k_BSKC.shape[1]
     qkv = ((q_BTHC * scale).astype(q_BTHC.dtype), k_BSKC, v_BSKC)
     ids = (q_segment_ids_BT, k_segment_ids_BS, q_slots_T)
-    by_mask = functools.partial(_by_mask, ids=ids, window=window)
+    by_mask = functools.partial(_attend, functools.partial(_by_mask, window), ids)
     if T != S or window is not None or not cudnn.check_compute_capability("9.0"):
         return by_mask(*qkv)
-    starts_BM, lengths_BM, fits = find_runs(q_segment_ids_BT, max(2, T // MEAN_LEN))
-    by_starts = functools.partial(_by_starts, starts_BM=starts_BM, lengths_BM=lengths_BM)
-    return jax.lax.cond(fits, by_starts, by_mask, *qkv)
+    runs = find_runs(q_segment_ids_BT, max(2, T // MEAN_LEN))
+    return jax.lax.cond(runs.fit, functools.partial(_attend, _by_starts, runs), by_mask, *qkv)
 
 
-def find_runs(segment_ids_BT: jax.Array, num_most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Finds where a row's segments begin, and how long they are; padding is one of them.
+def find_runs(segment_ids_BT: jax.Array, num_most: int) -> Runs:
+    """Finds where rows' segments begin, and how long they are; padding is one of them.
 
     segment_ids  1 1 1 2 2 0 0     starts  0 3 5 -1     lengths  3 2 2     (num_most = 3)
 
     Args:
         segment_ids_BT: int32, equal along each segment.
-        num_most: segments that there is room for.
-
-    Returns:
-        starts [B, num_most + 1] and lengths [B, num_most], int32, -1 where there are no more;
-        and a bool scalar: whether all of them have found room.
+        num_most: M, segments that there is room for.
     """
     B, T = segment_ids_BT.shape
     slots_T = jnp.arange(T, dtype=jnp.int32)
@@ -75,54 +97,108 @@ def find_runs(segment_ids_BT: jax.Array, num_most: int) -> tuple[jax.Array, jax.
     room = max(0, num_most + 1 - T)
     starts_BM = jnp.pad(starts_BT, ((0, 0), (0, room)), constant_values=T)[:, : num_most + 1]
     lengths_BM = jnp.diff(starts_BM, axis=1)
-    fits = jnp.all(jnp.sum(changes_BT, axis=1) <= num_most)
-    return (
-        jnp.where(starts_BM < T, starts_BM, -1),
-        jnp.where(lengths_BM > 0, lengths_BM, -1),
-        fits,
+    return Runs(
+        starts_BM=jnp.where(starts_BM < T, starts_BM, -1),
+        lengths_BM=jnp.where(lengths_BM > 0, lengths_BM, -1),
+        numbers_BT=jnp.cumsum(changes_BT).reshape(B, T) - 1,
+        places_BT=slots_T[None] - jax.lax.cummax(jnp.where(changes_BT, slots_T[None], 0), axis=1),
+        fit=jnp.all(jnp.sum(changes_BT, axis=1) <= num_most),
     )
 
 
-def _by_starts(
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    *,
-    starts_BM: jax.Array,
-    lengths_BM: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    kernel: Callable, where: Any, q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array
 ) -> jax.Array:
+    """Calls a kernel, whose backward pass then keeps averages, and a logsumexp a token and head."""
+    return kernel(where, q_BTHC, k_BSKC, v_BSKC)
+
+
+def _attend_forward(kernel, where, q_BTHC, k_BSKC, v_BSKC):
+    out_BTHC, backward = jax.vjp(functools.partial(kernel, where), q_BTHC, k_BSKC, v_BSKC)
+    named_out_BTHC = checkpoint_name(out_BTHC, "attended")
+
+    def kept(x: jax.Array) -> jax.Array:
+        if x is out_BTHC:
+            return named_out_BTHC
+        if not _is_logsumexp(x):
+            return x
+        return checkpoint_name(
+            x[_places(where, x.shape[1])] if isinstance(where, Runs) else x, "attended"
+        )
+
+    return named_out_BTHC, (where, jax.tree.map(kept, backward))
+
+
+def _attend_backward(kernel, kept, d_out_BTHC):
+    where, backward = kept
+
+    def as_given(x: jax.Array) -> jax.Array:
+        if not (isinstance(where, Runs) and _is_logsumexp(x)):
+            return x
+        _, H, T = x.shape
+        rows_SHT = jnp.zeros((where.lengths_BM.size, H, T), x.dtype)
+        return rows_SHT.at[_places(where, H)].set(x)
+
+    return None, *jax.tree.map(as_given, backward)(d_out_BTHC)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _is_logsumexp(x: jax.Array) -> bool:
+    """Whether it is that among what a kernel's backward pass is given."""
+    return x.ndim == 3 and x.dtype == jnp.float32
+
+
+def _places(runs: Runs, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where in [segments, H, T] the logsumexps of [B, H, T] stand."""
+    heads_1H1 = jnp.arange(num_heads)[None, :, None]
+    return runs.numbers_BT[:, None], heads_1H1, runs.places_BT[:, None]
+
+
+def _by_starts(runs: Runs, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) -> jax.Array:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    # Before JAX 0.12, the keys' offsets were counted with the number of query heads.
-    copies = q_BTHC.shape[2] // k_BTKC.shape[2]
-    k_BTHC, v_BTHC = (jnp.repeat(x, copies, axis=2) for x in (k_BTKC, v_BTKC))
+    copies = 1 if _COUNTS_KEY_HEADS else q_BTHC.shape[2] // k_BTKC.shape[2]
+    k_BTKC, v_BTKC = (jnp.repeat(x, copies, axis=2) for x in (k_BTKC, v_BTKC))
     return cudnn.dot_product_attention(
         q_BTHC,
-        k_BTHC,
-        v_BTHC,
-        q_seqlen=lengths_BM,
-        kv_seqlen=lengths_BM,
-        q_offsets=starts_BM,
-        kv_offsets=starts_BM,
+        k_BTKC,
+        v_BTKC,
+        q_seqlen=runs.lengths_BM,
+        kv_seqlen=runs.lengths_BM,
+        q_offsets=runs.starts_BM,
+        kv_offsets=runs.starts_BM,
         scale=1.0,
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
     )
 
 
 def _by_mask(
+    window: int | None,
+    ids: tuple[jax.Array, jax.Array, jax.Array],
     q_BTHC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
-    *,
-    ids: tuple[jax.Array, jax.Array, jax.Array],
-    window: int | None,
 ) -> jax.Array:
     q_segment_ids_BT, k_segment_ids_BS, q_slots_T = ids
-    distance_TS = q_slots_T[:, None] - jnp.arange(k_BSKC.shape[1])[None]
+    T, S = len(q_slots_T), k_BSKC.shape[1]
+    distance_TS = q_slots_T[:, None] - jnp.arange(S)[None]
     mask_TS = distance_TS >= 0
     if window is not None:
         mask_TS &= distance_TS < window
     mask_BTS = (q_segment_ids_BT[:, :, None] == k_segment_ids_BS[:, None]) & mask_TS[None]
-    return jax.nn.dot_product_attention(
-        q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], scale=1.0, implementation="cudnn"
+    # cuDNN's backward pass has no odd lengths: nobody sees the key that is added, and the query
+    # that is added sees all, since softmax of nothing is NaN.
+    mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, S % 2)))
+    mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, 0)), constant_values=True)
+    out_BTHC = jax.nn.dot_product_attention(
+        pad_tokens(q_BTHC, T % 2),
+        pad_tokens(k_BSKC, S % 2),
+        pad_tokens(v_BSKC, S % 2),
+        mask=mask_BTS[:, None],
+        scale=1.0,
+        implementation="cudnn",
     )
+    return out_BTHC[:, :T]

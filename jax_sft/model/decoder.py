@@ -17,36 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sft.model.attention_cudnn import CUDNN_PRIMITIVE
 from jax_sft.model.block import Block, Cache, Tokens, Which, kinds
 from jax_sft.model.layers import Linear, NamedAxes, NormLayer, Numerics, broadcast, named
 from jax_sft.model.rotary import make_turns
 from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import constrain, num_shards
 
-_NAMED = jax.checkpoint_policies.save_only_these_names("attended")
-
-
-def _attended(primitive: Any, *args: Any, **kwargs: Any) -> bool:
-    """What attention gives, whose scores are computed again anyway (its backward pass does)."""
-    return primitive.name == CUDNN_PRIMITIVE or _NAMED(primitive, *args, **kwargs)
-
-
+# What attention gives, whose scores are computed again anyway (its backward pass does).
+_ATTENDED = jax.checkpoint_policies.save_only_these_names("attended")
 _PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # those with kernels
 _PRODUCTS_TO_HOST = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
 
 
 def _attended_and_products_to_host(*args: Any, **kwargs: Any) -> Any:
-    return _attended(*args, **kwargs) or _PRODUCTS_TO_HOST(*args, **kwargs)
+    return _ATTENDED(*args, **kwargs) or _PRODUCTS_TO_HOST(*args, **kwargs)
 
 
 # What a block keeps for its backward pass beside its input, from the most memory to the least;
 # the rest is computed again.
 REMAT_POLICIES = {
     "none": None,  # keeps everything
-    "dots": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _attended),
+    "dots": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _ATTENDED),
     "offload": _attended_and_products_to_host,  # the same, the products in the host's memory
-    "minimal": _attended,
+    "minimal": _ATTENDED,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
