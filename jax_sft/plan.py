@@ -1,9 +1,9 @@
 """python -m jax_sft.plan --config=FILE --topology=v5e:4x4 [--config.section.key=value ...]: plans.
 
 In: the flags of a training run, and devices that need not be here. Out: whether the run fits
-them and by how much, memory a device by kind, FLOPs, what a step takes and sends. For TPUs the
-very train step and sampler are compiled by libtpu, on any Linux machine; nothing is run, no
-weights and no data are read. GPUs are estimated by arithmetic.
+them and by how much, memory a device by kind, FLOPs, what a step takes and sends. The very train
+step and sampler are compiled, on any Linux machine: for TPUs by libtpu, for GPUs by JAX's plugin
+for CUDA, without which they are estimated. Nothing is run, no weights and no data are read.
 
   --topology=NAME     v5e:4x4, v4-8, 2xv5e-16 (two slices), gpu:8xH100-80GB
   --fit               searches mesh, microbatch and remat for the fastest that fits, and prints
@@ -45,8 +45,7 @@ def main(argv: Sequence[str]) -> None:
     topology = parse_topology(flags.topology)
     config = config_from_flags(others)
     config.validate()
-    if topology.platform == "tpu":
-        prepare_environment()  # before anything imports JAX
+    prepare_environment(topology)  # before anything imports JAX
     found = plan(config, topology, fit=flags.fit, num_prompts=flags.prompts)
     if flags.json:
         print(json.dumps(as_json(*found)))
@@ -86,11 +85,13 @@ def plan(
     # After the flags are known to be right and the environment is set: these import JAX.
     from jax_sft.estimate import Estimator
     from jax_sft.fit import Fit, evolved, search
+    from jax_sft.model.attention_cudnn import as_if_on
     from jax_sft.planned_step import open_planned, plan_sampler, plan_step
 
     start = time.perf_counter()
-    devices = make_devices(topology) if topology.platform == "tpu" else None
-    with ThreadPoolExecutor() as pool:  # the compiler uses one core for most of its work
+    devices = make_devices(topology)
+    # The compiler uses one core for most of its work.
+    with as_if_on(topology.chip.capability), ThreadPoolExecutor() as pool:
         sampler = None
         if num_prompts and devices is not None and not fit:
             sampler = pool.submit(plan_sampler, config, topology, devices, num_prompts=num_prompts)
@@ -128,7 +129,7 @@ def print_plan(
     _print_what(step)
     _print_memory(step, topology)
     _print_time(step, topology)
-    if step.collectives is not None:
+    if step.collectives:
         _print_collectives(step)
     if sampler is not None:
         _print_sampler(sampler)
@@ -250,7 +251,7 @@ def as_json(
     return {
         "topology": topology.name,
         "num_chips": topology.num_chips,
-        "is_estimate": topology.platform != "tpu",
+        "is_estimate": all(step.compile_seconds is None for step in found.tried),
         "step": None if found.step is None else step_json(found.step),
         "num_ways": found.num_ways,
         "tried": [step_json(step) for step in found.tried],

@@ -106,8 +106,6 @@ def open_planned(
     """
     sizes = config.mesh.to_dict()
     if devices is None:
-        # cuDNN's kernel asks the GPU what it can do before it says what it keeps.
-        config = config.evolve(model=dict(attention="xla"))
         device = AbstractDevice(topology.chip.kind, None, topology.platform)
         mesh = make_abstract_mesh(device, topology.num_chips, **sizes)
     else:
@@ -303,4 +301,7 @@ def _network_seconds(collectives: Counter[Collective], topology: Topology, split
 
 def _describe(model: CausalLM) -> str:
     dtype = jax.numpy.dtype(model.decoder.numerics.dtype).name
-    return f"{model.config.model_type}, {model.num_params:,} parameters, {dtype} compute"
+    return (
+        f"{model.config.model_type}, {model.num_params:,} parameters, {dtype} compute, "
+        f"{model.decoder.numerics.attention} attention"
+    )

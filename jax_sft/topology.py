@@ -1,8 +1,8 @@
 """Accelerators by name, without having them: what their chips are, and devices to compile for.
 
-In: a name such as "v5e:4x4", "v4-8", "2xv5e-256" or "gpu:8xH100-80GB". Out: a `Topology`, and for
-TPUs the devices that libtpu makes up for it on any Linux machine, which programs are compiled for
-and cannot run on. Nothing here imports JAX before devices are asked for.
+In: a name such as "v5e:4x4", "v4-8", "2xv5e-256" or "gpu:8xH100-80GB". Out: a `Topology`, and the
+devices that libtpu, or JAX's plugin for CUDA, makes up for it on any Linux machine, which programs
+are compiled for and cannot run on. Nothing here imports JAX before devices are asked for.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jax
@@ -20,6 +20,8 @@ GIB = 2**30
 # What JAX takes of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_MEMORY_SHARE = 0.75
 _GPUS_A_NODE = 8  # that NVLink connects, in the usual machine
+_CUDNN = (9, 19)  # as JAX 0.10 has it at least
+_CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Chip:
         link_bytes: a second and link, one way: along one axis of a TPU's torus, or by NVLink.
         num_axes: of the torus; 1 where all devices of a node are each other's neighbours.
         far_bytes: a second and device over the network between slices, or between nodes.
+        capability: a GPU's compute capability.
+        target: what XLA must know of a GPU to compile for it.
     """
 
     kind: str
@@ -42,6 +46,8 @@ class Chip:
     link_bytes: float
     num_axes: int
     far_bytes: float
+    capability: tuple[int, int] = (0, 0)
+    target: str = ""
 
 
 # Memory from the makers' data sheets. Bandwidths of TPUs from Austin et al. 2025, "How to Scale
@@ -55,17 +61,64 @@ TPUS = {
 }
 
 
-def _gpu(kind: str, memory_gib: float, link_bytes: float, far_bytes: float) -> Chip:
-    return Chip(kind, memory_gib, memory_gib * GPU_MEMORY_SHARE, link_bytes, 1, far_bytes)
+def _gpu(
+    kind: str,
+    memory_gib: float,
+    link_bytes: float,
+    far_bytes: float,
+    *,
+    capability: tuple[int, int],
+    cores: int,
+    lanes: int,
+    shared_kib: int,
+    l2_mib: int,
+    bandwidth: float,
+    ghz: float,
+) -> Chip:
+    """Describes a GPU; the last seven are its multiprocessors, and their memories and clock."""
+    target = f"""
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA {kind}"
+        dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} }}
+        runtime_version {{ major: 13 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+          core_count: {cores}
+          fpus_per_core: {lanes}
+          clock_rate_ghz: {ghz}
+          memory_bandwidth: {bandwidth:.0f}
+          device_memory_size: {memory_gib * GIB:.0f}
+          l2_cache_size: {l2_mib * 2**20}
+          shared_memory_per_core: {shared_kib * 2**10}
+          shared_memory_per_block_optin: {(shared_kib - 1) * 2**10}
+          shared_memory_per_block: {48 * 2**10}
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          threads_per_core_limit: {1536 if capability == (8, 9) else 2048}
+          registers_per_core_limit: {2**16}
+          registers_per_block_limit: {2**16}
+          block_dim_limit_x: {2**31 - 1}
+          block_dim_limit_y: {2**16 - 1}
+          block_dim_limit_z: {2**16 - 1}
+        }}
+    """
+    usable_gib = memory_gib * GPU_MEMORY_SHARE
+    return Chip(kind, memory_gib, usable_gib, link_bytes, 1, far_bytes, capability, target)
 
 
+# Of the multiprocessors: NVIDIA's white papers on each architecture, and the table of compute
+# capabilities in the CUDA C++ Programming Guide.
+_A100 = dict(capability=(8, 0), cores=108, lanes=64, shared_kib=164, l2_mib=40, ghz=1.41)
+_HOPPER = dict(capability=(9, 0), cores=132, lanes=128, shared_kib=228, ghz=1.98)
+_B200 = dict(capability=(10, 0), cores=148, lanes=128, shared_kib=228, l2_mib=126, ghz=1.965)
+_L4 = dict(capability=(8, 9), cores=58, lanes=128, shared_kib=100, l2_mib=48, ghz=2.04)
 GPUS = {
-    "A100-40GB": _gpu("A100", 40, 3e11, 2.5e10),
-    "A100-80GB": _gpu("A100", 80, 3e11, 2.5e10),
-    "H100-80GB": _gpu("H100", 80, 4.5e11, 5e10),
-    "H200-141GB": _gpu("H200", 140, 4.5e11, 5e10),
-    "B200-180GB": _gpu("B200", 178, 9e11, 5e10),
-    "L4-24GB": _gpu("L4", 22, 3.2e10, 1.25e10),
+    "A100-40GB": _gpu("A100", 40, 3e11, 2.5e10, bandwidth=1.555e12, **_A100),
+    "A100-80GB": _gpu("A100", 80, 3e11, 2.5e10, bandwidth=2.039e12, **_A100),
+    "H100-80GB": _gpu("H100", 80, 4.5e11, 5e10, l2_mib=50, bandwidth=3.35e12, **_HOPPER),
+    "H200-141GB": _gpu("H200", 140, 4.5e11, 5e10, l2_mib=60, bandwidth=4.8e12, **_HOPPER),
+    "B200-180GB": _gpu("B200", 178, 9e11, 5e10, bandwidth=8e12, **_B200),
+    "L4-24GB": _gpu("L4", 22, 3.2e10, 1.25e10, bandwidth=3e11, **_L4),
 }
 
 # v4-8 and v5p-8 have 8 TensorCores, which are 4 chips; v5e-8 and v6e-8 have 8 chips.
@@ -195,18 +248,27 @@ def _check_shape(topology: Topology, generation: str) -> None:
         raise ValueError(f"--topology={topology.name}: expected at least one slice")
 
 
-def prepare_environment() -> None:
-    """Sets what libtpu and JAX read on a machine without a TPU; call it before JAX is imported.
+def has_compiler(topology: Topology) -> bool:
+    """Whether what compiles for such devices is installed; it needs none of them."""
+    names = ("libtpu",) if topology.platform == "tpu" else _CUDA_PLUGINS
+    return any(importlib.util.find_spec(name) is not None for name in names)
+
+
+def prepare_environment(topology: Topology) -> None:
+    """Sets what JAX and libtpu read where there is no such device; call it before JAX is imported.
 
     Raises:
-        ValueError: libtpu is not installed.
+        ValueError: libtpu is not installed. Without JAX's plugin for CUDA there is arithmetic.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if topology.platform == "gpu":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it misses a GPU's timings
+        return
+    if not has_compiler(topology):
         raise ValueError(
             "libtpu is not installed, which compiles for TPUs on any Linux machine: "
             'pip install "jax[tpu]"'
         )
-    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -214,31 +276,47 @@ def prepare_environment() -> None:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
-def make_devices(topology: Topology) -> "list[jax.Device]":
-    """Returns a TPU topology's devices, for programs that are compiled and never run.
+def make_devices(topology: Topology) -> "list[jax.Device] | None":
+    """Returns a topology's devices, for programs that are compiled and never run.
 
     Args:
-        topology: of TPUs; `prepare_environment` stands before this.
+        topology: `prepare_environment` stands before this.
+
+    Returns:
+        None where nothing is installed that compiles for them.
 
     Raises:
         ValueError: libtpu knows no such slice.
     """
-    import jax
-    from jax.experimental import topologies
-
+    if not has_compiler(topology):
+        return None
+    if topology.platform == "gpu":
+        # Slices, nodes in each, GPUs in each.
+        shape = f"1x{topology.num_slices}x{topology.shape[0]}"
+        options = dict(topology=shape, target_config=topology.chip.target)
+        return _described(topology, topology.name, "cuda", options)
     shape = "x".join(map(str, topology.shape))
     # v4 and v5p run a program on both cores of a chip at once: one device a chip.
     is_one = _CORES_A_CHIP[topology.generation] == 1
-    kwargs = {"chip_config_name": "default" if is_one else "megacore"}
+    options = {"chip_config_name": "default" if is_one else "megacore"}
     if math.prod(topology.shape) < 4:
-        kwargs["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
+        options["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
     if topology.num_slices > 1:
-        kwargs["num_slices"] = topology.num_slices
+        options["num_slices"] = topology.num_slices
+    return _described(topology, f"{topology.generation}:{shape}", "tpu", options)
+
+
+def _described(
+    topology: Topology, name: str, platform: str, options: dict[str, Any]
+) -> "list[jax.Device]":
+    import jax
+    from jax.experimental import topologies
+
     try:
-        described = topologies.get_topology_desc(f"{topology.generation}:{shape}", "tpu", **kwargs)
+        return topologies.get_topology_desc(name, platform, **options).devices
     except jax.errors.JaxRuntimeError as error:
+        compiler = "libtpu" if platform == "tpu" else "XLA"
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--topology={topology.name}: libtpu has no such slice ({reason})"
+            f"--topology={topology.name}: {compiler} has no such devices ({reason})"
         ) from None
-    return described.devices

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from tiny_runs import tiny_config
 
-from jax_sft import plan, planned_step
+from jax_sft import plan, planned_step, topology
 from jax_sft.command import run_command
 from jax_sft.planned_step import plan_sampler, plan_step
 from jax_sft.recipe import batch_structs, make_update, open_model
 from jax_sft.sampler import Sampling, compile_sampler, generate_ids
-from jax_sft.topology import GIB, parse_topology
+from jax_sft.topology import GIB, has_compiler, parse_topology
 
 ROOT = Path(__file__).parent.parent
 EIGHT = parse_topology("v5e:2x4")  # of which the tests have eight CPU devices
@@ -88,23 +88,24 @@ def test_kinds_of_memory_add_up_to_what_the_compiler_says():
 
 
 TOPOLOGIES = ("v4-8", "v5e:2x2", "v5p-8", "v6e:2x2", "2xv5e:1x1")
+GPU_TOPOLOGIES = ("gpu:2xH100-80GB", "gpu:A100-80GB", "gpu:16xB200")
 
 
-@pytest.fixture(scope="module")
-def plans(tmp_path_factory):
-    """Plans for each of TOPOLOGIES, in a process of its own: libtpu has threads and handlers."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
+def plan_all(names, folder) -> dict[str, dict]:
+    """Plans for each in a process of its own: compilers have threads and handlers."""
+    if not has_compiler(parse_topology(names[0])):
+        pytest.skip(f"what compiles for {names[0]} is not installed")
     files = {}
-    for name in TOPOLOGIES:
-        files[name] = tmp_path_factory.mktemp("plan") / "config.json"
+    for name in names:
+        files[name] = folder / f"{len(files)}.json"
         mesh = dict(data=2) if name.startswith("2x") else dict(fsdp=-1)
-        files[name].write_text(json.dumps(config_of(**mesh).to_dict()))
+        config = config_of(**mesh).evolve(train=dict(batch_size=16))
+        files[name].write_text(json.dumps(config.to_dict()))
     code = (
         "import json, sys\n"
         "from jax_sft import plan\n"
         "for name, file in json.loads(sys.argv[1]).items():\n"
-        "    prompts = 2 * (name == 'v5e:2x2')\n"
+        "    prompts = 2 * (name in ('v5e:2x2', 'gpu:2xH100-80GB'))\n"
         "    plan.main([f'--config={file}', f'--topology={name}', '--json',\n"
         "               f'--prompts={prompts}'])\n"
     )
@@ -116,15 +117,43 @@ def plans(tmp_path_factory):
     return dict(zip(files, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    return plan_all(TOPOLOGIES, tmp_path_factory.mktemp("tpu"))
+
+
+@pytest.fixture(scope="module")
+def gpu_plans(tmp_path_factory):
+    return plan_all(GPU_TOPOLOGIES, tmp_path_factory.mktemp("gpu"))
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_the_step_compiles_for_every_tpu(plans, name):
     found = plans[name]
-    topology, step = parse_topology(name), found["step"]
-    assert (found["num_chips"], found["is_estimate"]) == (topology.num_chips, False)
+    asked, step = parse_topology(name), found["step"]
+    assert (found["num_chips"], found["is_estimate"]) == (asked.num_chips, False)
     assert step["fits"] and 0 < step["needed_bytes"] < step["usable_bytes"]
-    assert step["usable_bytes"] == round(topology.chip.usable_gib * GIB)
+    assert step["usable_bytes"] == round(asked.chip.usable_gib * GIB)
     assert step["collectives"] and step["compile_seconds"] > 0
-    assert "bfloat16" in step["described"]  # by the platform that is planned for
+    assert (
+        "bfloat16 compute, splash attention" in step["described"]
+    )  # by the platform that is planned for
+
+
+@pytest.mark.parametrize("name", GPU_TOPOLOGIES)
+def test_the_step_compiles_for_gpus(gpu_plans, name):
+    found = gpu_plans[name]
+    asked, step = parse_topology(name), found["step"]
+    assert (found["num_chips"], found["is_estimate"]) == (asked.num_chips, False)
+    assert step["fits"] and 0 < step["needed_bytes"] < step["usable_bytes"]
+    assert step["compile_seconds"] > 0
+    assert "bfloat16 compute, cudnn attention" in step["described"]
+    assert bool(step["collectives"]) == (asked.num_chips > 1)
+
+
+def test_the_sampler_compiles_for_a_gpu(gpu_plans):
+    found = gpu_plans["gpu:2xH100-80GB"]
+    assert found["step"]["bytes"]["optimizer"] < found["sampler"]["decode"] < GIB
 
 
 def test_slices_send_gradients_to_one_another(plans):
@@ -181,7 +210,8 @@ def test_the_planned_sampler_is_the_one_that_runs():
     assert [[i for i in row if i >= 0] for row in state.answer_BG.tolist()] == expected
 
 
-def test_gpus_are_estimated(config_file, capsys):
+def test_gpus_are_estimated_where_nothing_compiles_for_them(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "has_compiler", lambda topology: False)
     words = [f"--config={config_file}", "--topology=gpu:8xH100-80GB"]
     plan.main([*words, "--config.train.batch_size=16"])
     shown = capsys.readouterr().out
@@ -193,7 +223,8 @@ def test_gpus_are_estimated(config_file, capsys):
     assert found["num_ways"] > 1 and len(found["tried"]) == 1
 
 
-def test_what_is_far_too_large_is_said_to_be(config_file, capsys):
+def test_what_is_far_too_large_is_said_to_be(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "has_compiler", lambda topology: False)
     words = [f"--config={config_file}", "--config.model.config.n_embd=8192"]
     words += ["--config.model.config.n_layer=80", "--config.model.config.vocab_size=128256"]
     plan.main([*words, "--topology=gpu:8xH100-80GB"])

@@ -74,7 +74,7 @@ def test_the_peak_of_every_chip_is_known():
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
-        prepare_environment()
+        prepare_environment(parse_topology("v5e-16"))
 
 
 def test_a_topology_in_one_line():

@@ -10,9 +10,11 @@ Told where examples begin, it keeps a row of logsumexps for each, as long as the
                                    second   d e . . .      a b c d e
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,33 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.model.attention_xla import pad_tokens
 
+_CUDNN_VERSION = 91900  # that JAX 0.10 comes with, at least
 MEAN_LEN = 64  # rows with more examples than of this length on average take the mask
 # Before it, keys' offsets were counted with the number of query heads.
 _COUNTS_KEY_HEADS = jax.__version_info__ >= (0, 11, 2)
+
+
+@contextlib.contextmanager
+def as_if_on(capability: tuple[int, int]) -> Iterator[None]:
+    """Has JAX answer for a GPU that programs are compiled for: it asks the first that is here.
+
+    Args:
+        capability: the GPU's compute capability.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def is_at_least(least: str) -> bool:
+        return capability >= tuple(map(int, least.split(".")))
+
+    def is_equal(other: str) -> bool:
+        return capability == tuple(map(int, other.split(".")))
+
+    with (
+        mock.patch.object(cudnn, "check_cudnn_version", lambda: _CUDNN_VERSION),
+        mock.patch.object(cudnn, "check_compute_capability", is_at_least),
+        mock.patch.object(cudnn, "is_cuda_compute_capability_equal", is_equal),
+    ):
+        yield
 
 
 class Runs(NamedTuple):
