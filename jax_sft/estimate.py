@@ -23,6 +23,7 @@ from jax_sft.loss import find_chunk_len
 from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model.pretrained import by_path
 from jax_sft.recipe import make_loss, make_update, trained_params
+from jax_sft.sharding import platform_of
 from jax_sft.startup import flops_a_step
 from jax_sft.topology import Topology
 from jax_sft.train_step import combine, partition
@@ -34,9 +35,12 @@ _TRACED_ROWS = 13
 # are at 60 to 70% (MaxText, 32B on v5p-128, has an MFU of 71.5%).
 _PRODUCT_SHARE = 0.65
 
-# Sums over microbatches and what is added to them: what the compiled steps for v4-8 and v5e-16
-# hold of them at once, between 3.7 and 5.2 times.
-_COPIES = 4
+# Sums over microbatches and what is added to them: what compiled steps hold of them at once, for
+# v4-8 and v5e-16 between 3.7 and 5.2 times, for an H200 twice.
+_COPIES = {"tpu": 4, "gpu": 2}
+# Of what a layer computes again, the part that compiled steps hold at once: for an H200 between a
+# quarter and a half of it.
+_HELD_AGAIN = {"tpu": 1.0, "gpu": 0.35}
 
 
 class Split(NamedTuple):
@@ -81,6 +85,7 @@ class Estimator:
         self._config, self.model = config, model
         self._structs = make_update(config, model, num_steps=config.train.total_steps).structs
         self._trained = trained_params(config, model)
+        self._platform = "gpu" if platform_of(model.mesh) == "gpu" else "tpu"
         self._itemsize = jnp.dtype(model.decoder.numerics.dtype).itemsize
         self._kept = functools.cache(self._trace)
 
@@ -112,7 +117,7 @@ class Estimator:
             "parameters": self._bytes(state.params, split),
             "optimizer": self._bytes((state.step, state.opt_state), split),
             "batch": 5 * 4 * num_parts * tokens,
-            "gradients": gradients * (1 if num_parts == 1 else _COPIES),
+            "gradients": gradients * (1 if num_parts == 1 else _COPIES[self._platform]),
             "activations": activations,
             "loss": vocabulary * (chunk * 8 + width * (self._itemsize + 4)),
             "working": self._layer_bytes(split),
@@ -202,6 +207,7 @@ class Estimator:
         again = 0.0
         if split.remat != "none":
             again = sum(self._kept_bytes(leaf, split) for leaf in self._kept("none"))
+            again *= _HELD_AGAIN[self._platform]
         return (2 * a_layer + again) / self.model.decoder.config.num_layers
 
     def _kept_bytes(self, leaf: jax.ShapeDtypeStruct, split: Split) -> float:

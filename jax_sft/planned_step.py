@@ -106,6 +106,8 @@ def open_planned(
     """
     sizes = config.mesh.to_dict()
     if devices is None:
+        # cuDNN's kernel asks the GPU what it can do; what is kept of it is the same.
+        config = config.evolve(model=dict(attention="xla"))
         device = AbstractDevice(topology.chip.kind, None, topology.platform)
         mesh = make_abstract_mesh(device, topology.num_chips, **sizes)
     else:
@@ -179,6 +181,7 @@ def plan_step(
         step,
         memory=_compiled_memory(estimated, said),
         needed=said.total,
+        described=f"{step.described}, {model.decoder.numerics.attention} attention",
         network_seconds=_network_seconds(collectives, topology, split),
         collectives=collectives,
         compile_seconds=seconds,
@@ -301,7 +304,4 @@ def _network_seconds(collectives: Counter[Collective], topology: Topology, split
 
 def _describe(model: CausalLM) -> str:
     dtype = jax.numpy.dtype(model.decoder.numerics.dtype).name
-    return (
-        f"{model.config.model_type}, {model.num_params:,} parameters, {dtype} compute, "
-        f"{model.decoder.numerics.attention} attention"
-    )
+    return f"{model.config.model_type}, {model.num_params:,} parameters, {dtype} compute"

@@ -255,25 +255,26 @@ def has_compiler(topology: Topology) -> bool:
 
 
 def prepare_environment(topology: Topology) -> None:
-    """Sets what JAX and libtpu read where there is no such device; call it before JAX is imported.
+    """Sets what JAX and its plugins read where there is no such device; before JAX is imported.
 
     Raises:
         ValueError: libtpu is not installed. Without JAX's plugin for CUDA there is arithmetic.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if topology.platform == "gpu":
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it misses a GPU's timings
-        return
-    if not has_compiler(topology):
+    if topology.platform == "tpu" and not has_compiler(topology):
         raise ValueError(
             "libtpu is not installed, which compiles for TPUs on any Linux machine: "
             'pip install "jax[tpu]"'
         )
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: the name decides
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # The plugin for CUDA compiles without what it takes to run.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if topology.platform == "gpu":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # says that it measures no kernels
 
 
 def make_devices(topology: Topology) -> "list[jax.Device] | None":

@@ -187,6 +187,19 @@ def test_remat_keeps_what_it_says_and_once(
     assert sizes == [logsumexps]
 
 
+def test_an_adapters_product_is_not_kept_beside_the_layers():
+    """Only x·A is, which is as narrow as the rank."""
+    plain = tiny_gpt2()
+    adapted = tiny_gpt2(peft_config=dict(r=4, target_modules="all-linear"))
+    counts = []
+    for model in (plain, adapted):
+        decoder = with_numerics(model.decoder, remat="dots")
+        shapes = [x.shape for x in kept(decoder, model.params)]
+        counts.append(Counter(shape[-1] for shape in shapes if len(shape) > 2))
+    new = counts[1] - counts[0]
+    assert new[4] >= 4 and not {32, 128} & set(new), new
+
+
 def test_bfloat16_computes_in_bfloat16_near_float32():
     model = tiny_gpt2(placement={"dtype": "bfloat16"})
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {np.dtype("float32")}

@@ -90,7 +90,7 @@ FLOORS = {
     "model/layers": 0.4,
     "model/rotary": 0.2,
     "model/attention": 0.2,
-    "model/attention_cudnn": 0,
+    "model/attention_cudnn": 0.1,
     "model/attention_splash": 0,
     "model/attention_xla": 0,
     "model/name_table": 1,

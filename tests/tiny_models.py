@@ -38,10 +38,17 @@ def one_device() -> Mesh:
     )
 
 
-def tiny_gpt2(*, mesh: Mesh | None = None, seed: int = 0, placement: dict | None = None, **fields):
+def tiny_gpt2(
+    *,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+    placement: dict | None = None,
+    peft_config: dict | None = None,
+    **fields,
+):
     """A GPT-2 with wide random weights; on one device where no mesh is given."""
     placed = Placement(mesh=mesh or one_device(), **(placement or {}))
-    model = CausalLM.open(None, fields=FIELDS | fields, placement=placed)
+    model = CausalLM.open(None, fields=FIELDS | fields, placement=placed, peft_config=peft_config)
     model.params = draw_params(model, seed=seed)
     return model
 

@@ -23,24 +23,21 @@ from jax_sft.model.rotary import make_turns
 from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import constrain, num_shards
 
-# What attention gives, whose scores are computed again anyway (its backward pass does).
-_ATTENDED = jax.checkpoint_policies.save_only_these_names("attended")
-_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # those with kernels
-_PRODUCTS_TO_HOST = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-
-
-def _attended_and_products_to_host(*args: Any, **kwargs: Any) -> Any:
-    return _ATTENDED(*args, **kwargs) or _PRODUCTS_TO_HOST(*args, **kwargs)
-
-
+_POLICIES = jax.checkpoint_policies
 # What a block keeps for its backward pass beside its input, from the most memory to the least;
-# the rest is computed again.
+# the rest is computed again. "product" is what `layers.kept_product` makes, "attended" what
+# attention gives, whose scores are computed again anyway (its backward pass does).
 REMAT_POLICIES = {
     "none": None,  # keeps everything
-    "dots": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _ATTENDED),
-    "offload": _attended_and_products_to_host,  # the same, the products in the host's memory
-    "minimal": _ATTENDED,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _POLICIES.save_only_these_names("product", "attended"),
+    "offload": _POLICIES.save_and_offload_only_these_names(  # products in the host's memory
+        names_which_can_be_saved=["attended"],
+        names_which_can_be_offloaded=["product"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "minimal": _POLICIES.save_only_these_names("attended"),
+    "full": _POLICIES.nothing_saveable,
 }
 
 

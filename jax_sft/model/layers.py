@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.model.lora import Adapters
 from jax_sft.model.types import Norm
@@ -86,6 +87,11 @@ class NormLayer(nn.Module):
         return param.astype(jnp.float32)
 
 
+def kept_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """Multiplies; the product is kept for the backward pass by some of `decoder.REMAT_POLICIES`."""
+    return checkpoint_name(x_NI @ kernel_IO, "product")
+
+
 class Low(NamedTuple):
     """What layers that share an adapter's A take from the first of them.
 
@@ -136,7 +142,7 @@ class Linear(nn.Module):
         outputs, output_axes = self.shape[self.num_inputs :], self.axes[self.num_inputs :]
         kernel_IO = kernel.astype(dtype).reshape(math.prod(self.shape[: self.num_inputs]), -1)
         x_NI = merge_tokens(x.reshape(*x.shape[:2], -1))
-        y_NO = x_NI @ kernel_IO
+        y_NO = kept_product(x_NI, kernel_IO)
         if adapters is None or "/".join(self.path[-2:]) not in adapters.targets:
             low = None
         else:
@@ -168,10 +174,11 @@ class Linear(nn.Module):
             a_IR = a.reshape(-1, rank)
             if rate:
                 x_NI = nn.Dropout(rate, deterministic=False)(x_NI)
-            low = Low(a_IR, x_NI, x_NI @ a_IR.astype(dtype))
+            low = Low(a_IR, x_NI, kept_product(x_NI, a_IR.astype(dtype)))
         shape, axes = (rank, *outputs), (None, *output_axes)
         b = self._param("lora_b", nn.initializers.zeros, shape, axes, jnp.float32)
         b_RO = b.reshape(rank, -1)
+        # As wide as x·W, and computed again as fast as it is read.
         added_NO = scale * (low.low_NR @ b_RO.astype(dtype))
         if not adapters.dora:
             return added_NO, low
@@ -183,7 +190,7 @@ class Linear(nn.Module):
         kernel_IO = kernel.reshape(-1, b_RO.shape[1])
         whole_IO = kernel_IO.astype(jnp.float32) + scale * (low.a_IR @ b_RO)
         norm_O = jax.lax.stop_gradient(jnp.linalg.norm(whole_IO, axis=0))
-        plain_NO = low.x_NI @ kernel_IO.astype(dtype) if rate else y_NO
+        plain_NO = kept_product(low.x_NI, kernel_IO.astype(dtype)) if rate else y_NO
         share = broadcast(magnitude.reshape(-1) / norm_O, plain_NO)
         return (share - 1).astype(dtype) * plain_NO + share.astype(dtype) * added_NO, low
 
