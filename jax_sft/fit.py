@@ -76,9 +76,11 @@ def search(
 def find_splits(config: SFTConfig, topology: Topology, c: DecoderConfig) -> Iterator[Split]:
     """Yields every split that divides: rows over data and fsdp, heads and MLP over tensor.
 
-    A row's tokens are only split where there are fewer rows than chips.
+    A row's tokens are only split where there are fewer rows than chips. Slices of TPUs have copies
+    of the weights; nodes of GPUs may split them.
     """
     train, num_chips = config.train, topology.num_chips
+    num_copies = topology.num_slices if topology.platform == "tpu" else 1
     for tensor, sequence, fsdp in itertools.product(_divisors(num_chips), repeat=3):
         if num_chips % (tensor * sequence * fsdp):
             continue
@@ -88,7 +90,7 @@ def find_splits(config: SFTConfig, topology: Topology, c: DecoderConfig) -> Iter
             and c.width % fsdp == 0
             and train.seq_length % sequence == 0
             and train.batch_size % (data * fsdp) == 0
-            and data % topology.num_slices == 0
+            and data % num_copies == 0
         )
         needs_sequence = train.batch_size * tensor < num_chips
         if not is_whole or tensor > _MOST_TENSOR or (sequence > 1 and not needs_sequence):
