@@ -25,7 +25,7 @@ from jax_sft.sharding import constrain, num_shards
 
 _POLICIES = jax.checkpoint_policies
 # What a block keeps for its backward pass beside its input, from the most memory to the least;
-# the rest is computed again. "product" is what `layers.kept_product` makes, "attended" what
+# the rest is computed again. "product" is what `layers.kept` names, "attended" what
 # attention gives, whose scores are computed again anyway (its backward pass does).
 REMAT_POLICIES = {
     "none": None,  # keeps everything

@@ -87,9 +87,9 @@ class NormLayer(nn.Module):
         return param.astype(jnp.float32)
 
 
-def kept_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    """Multiplies; the product is kept for the backward pass by some of `decoder.REMAT_POLICIES`."""
-    return checkpoint_name(x_NI @ kernel_IO, "product")
+def kept(product_NO: jax.Array) -> jax.Array:
+    """Names what some of `decoder.REMAT_POLICIES` keep for the backward pass."""
+    return checkpoint_name(product_NO, "product")
 
 
 class Low(NamedTuple):
@@ -142,12 +142,11 @@ class Linear(nn.Module):
         outputs, output_axes = self.shape[self.num_inputs :], self.axes[self.num_inputs :]
         kernel_IO = kernel.astype(dtype).reshape(math.prod(self.shape[: self.num_inputs]), -1)
         x_NI = merge_tokens(x.reshape(*x.shape[:2], -1))
-        y_NO = kept_product(x_NI, kernel_IO)
+        y_NO = x_NI @ kernel_IO
         if adapters is None or "/".join(self.path[-2:]) not in adapters.targets:
-            low = None
+            y_NO, low = kept(y_NO), None
         else:
-            added_NO, low = self._adapt(adapters, x_NI, y_NO, kernel, low)
-            y_NO = y_NO + added_NO
+            y_NO, low = self._adapt(adapters, x_NI, y_NO, kernel, low)
         y = y_NO.reshape(*x.shape[:2], *outputs)
         if self.bias:
             axes = tuple("norm" if axis == "embed" else axis for axis in output_axes)
@@ -163,7 +162,7 @@ class Linear(nn.Module):
         kernel: jax.Array,
         low: Low | None,
     ) -> tuple[jax.Array, Low]:
-        """Returns what the adapter adds to x·W; and x·A, with what it is made of."""
+        """Returns x·W and what the adapter adds to it; and x·A, with what it is made of."""
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         input_axes, output_axes = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
         rank, scale, dtype = adapters.rank, adapters.scale, x_NI.dtype
@@ -174,14 +173,13 @@ class Linear(nn.Module):
             a_IR = a.reshape(-1, rank)
             if rate:
                 x_NI = nn.Dropout(rate, deterministic=False)(x_NI)
-            low = Low(a_IR, x_NI, kept_product(x_NI, a_IR.astype(dtype)))
+            low = Low(a_IR, x_NI, kept(x_NI @ a_IR.astype(dtype)))
         shape, axes = (rank, *outputs), (None, *output_axes)
         b = self._param("lora_b", nn.initializers.zeros, shape, axes, jnp.float32)
         b_RO = b.reshape(rank, -1)
-        # As wide as x·W, and computed again as fast as it is read.
         added_NO = scale * (low.low_NR @ b_RO.astype(dtype))
         if not adapters.dora:
-            return added_NO, low
+            return kept(y_NO + added_NO), low
         magnitude = self._param(
             "lora_magnitude", nn.initializers.ones, outputs, output_axes, jnp.float32
         )
@@ -190,9 +188,11 @@ class Linear(nn.Module):
         kernel_IO = kernel.reshape(-1, b_RO.shape[1])
         whole_IO = kernel_IO.astype(jnp.float32) + scale * (low.a_IR @ b_RO)
         norm_O = jax.lax.stop_gradient(jnp.linalg.norm(whole_IO, axis=0))
-        plain_NO = kept_product(low.x_NI, kernel_IO.astype(dtype)) if rate else y_NO
+        y_NO = kept(y_NO)
+        plain_NO = kept(low.x_NI @ kernel_IO.astype(dtype)) if rate else y_NO
         share = broadcast(magnitude.reshape(-1) / norm_O, plain_NO)
-        return (share - 1).astype(dtype) * plain_NO + share.astype(dtype) * added_NO, low
+        turned_NO = (share - 1).astype(dtype) * plain_NO + share.astype(dtype) * added_NO
+        return y_NO + turned_NO, low
 
     def _param(
         self, name: str, init: Callable, shape: tuple, axes: tuple, dtype: Any = None
