@@ -93,7 +93,10 @@ for word in $plan; do
     codes=*) IFS=, read -ra codes <<<"${word#codes=}" ;;
     step=*) [ "$worker" != 0 ] || echo "${word#*=}" >"$CLOUD/saved" ;;
     edited=*) echo "half an edit" >"${word#*=}" ;;
-    preempted=*) tr , ' ' <<<"${word#*=}" >"$CLOUD/queued"; echo PREEMPTED >"$CLOUD/node" ;;
+    preempted=*) # once: a worker that is late would take the next slice, too
+      [ "$worker" = 0 ] || continue
+      tr , ' ' <<<"${word#*=}" >"$CLOUD/queued"; echo PREEMPTED >"$CLOUD/node"
+      ;;
   esac
 done
 case ${codes[$worker]:-none} in
