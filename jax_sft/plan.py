@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from jax_sft.command import Parser, run_command
 from jax_sft.config import SFTConfig, config_from_flags, help_text
-from jax_sft.topology import GIB, Topology, make_devices, parse_topology, prepare_environment
+from jax_sft.topology import (
+    GIB,
+    Topology,
+    as_if_here,
+    make_devices,
+    parse_topology,
+    prepare_environment,
+)
 
 if TYPE_CHECKING:
     from jax_sft.fit import Fit
@@ -85,13 +92,12 @@ def plan(
     # After the flags are known to be right and the environment is set: these import JAX.
     from jax_sft.estimate import Estimator
     from jax_sft.fit import Fit, evolved, search
-    from jax_sft.model.attention_cudnn import as_if_on
     from jax_sft.planned_step import open_planned, plan_sampler, plan_step
 
     start = time.perf_counter()
     devices = make_devices(topology)
     # The compiler uses one core for most of its work.
-    with as_if_on(topology.chip.capability), ThreadPoolExecutor() as pool:
+    with as_if_here(topology), ThreadPoolExecutor() as pool:
         sampler = None
         if num_prompts and devices is not None and not fit:
             sampler = pool.submit(plan_sampler, config, topology, devices, num_prompts=num_prompts)

@@ -106,7 +106,7 @@ def open_planned(
     """
     sizes = config.mesh.to_dict()
     if devices is None:
-        # cuDNN's kernel asks the GPU what it can do; what is kept of it is the same.
+        # cuDNN's kernel asks the GPU what it can do; what remat keeps of it is the same.
         config = config.evolve(model=dict(attention="xla"))
         device = AbstractDevice(topology.chip.kind, None, topology.platform)
         mesh = make_abstract_mesh(device, topology.num_chips, **sizes)

@@ -5,14 +5,19 @@ devices that libtpu, or JAX's plugin for CUDA, makes up for it on any Linux mach
 are compiled for and cannot run on. Nothing here imports JAX before devices are asked for.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
+from unittest import mock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import jax
 
 GIB = 2**30
@@ -20,7 +25,7 @@ GIB = 2**30
 # What JAX takes of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_MEMORY_SHARE = 0.75
 _GPUS_A_NODE = 8  # that NVLink connects, in the usual machine
-_CUDNN = (9, 19)  # as JAX 0.10 has it at least
+_CUDNN = (9, 19, 0)  # that JAX 0.10 comes with, at least
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -289,13 +294,11 @@ def make_devices(topology: Topology) -> "list[jax.Device] | None":
     Raises:
         ValueError: libtpu knows no such slice.
     """
-    if not has_compiler(topology):
-        return None
+    import jax
+    from jax.experimental.topologies import get_topology_desc
+
     if topology.platform == "gpu":
-        # Slices, nodes in each, GPUs in each.
-        shape = f"1x{topology.num_slices}x{topology.shape[0]}"
-        options = dict(topology=shape, target_config=topology.chip.target)
-        return _described(topology, topology.name, "cuda", options)
+        return _make_gpus(topology)
     shape = "x".join(map(str, topology.shape))
     # v4 and v5p run a program on both cores of a chip at once: one device a chip.
     is_one = _CORES_A_CHIP[topology.generation] == 1
@@ -304,20 +307,48 @@ def make_devices(topology: Topology) -> "list[jax.Device] | None":
         options["chips_per_host_bounds"] = (*topology.shape, 1, 1)[:3]
     if topology.num_slices > 1:
         options["num_slices"] = topology.num_slices
-    return _described(topology, f"{topology.generation}:{shape}", "tpu", options)
-
-
-def _described(
-    topology: Topology, name: str, platform: str, options: dict[str, Any]
-) -> "list[jax.Device]":
-    import jax
-    from jax.experimental import topologies
-
     try:
-        return topologies.get_topology_desc(name, platform, **options).devices
+        return get_topology_desc(f"{topology.generation}:{shape}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        compiler = "libtpu" if platform == "tpu" else "XLA"
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--topology={topology.name}: {compiler} has no such devices ({reason})"
+            f"--topology={topology.name}: libtpu has no such slice ({reason})"
         ) from None
+
+
+def _make_gpus(topology: Topology) -> "list[jax.Device] | None":
+    from jax.experimental.topologies import get_topology_desc
+
+    if not has_compiler(topology):
+        return None
+    # Slices, nodes in each, GPUs in each.
+    shape = f"1x{topology.num_slices}x{topology.shape[0]}"
+    options = dict(topology=shape, target_config=topology.chip.target)
+    try:
+        return get_topology_desc(topology.name, "cuda", **options).devices
+    except (NotImplementedError, RuntimeError) as error:  # of another version, or a part of it
+        reason = str(error).splitlines()[0]
+        print(f"JAX's plugin for CUDA does not compile here: {reason}", file=sys.stderr)
+        return None
+
+
+@contextlib.contextmanager
+def as_if_here(topology: Topology) -> "Iterator[None]":
+    """Has JAX's cuDNN attention answer for GPUs that are not here: it asks the first that is."""
+    if topology.platform == "tpu":
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # private
+
+    def numbers(capability: str) -> tuple[int, ...]:
+        return tuple(map(int, capability.split(".")))
+
+    major, minor, patch = _CUDNN
+    its = topology.chip.capability
+    answers = {
+        "check_cudnn_version": lambda: 10_000 * major + 100 * minor + patch,
+        "check_compute_capability": lambda least: its >= numbers(least),
+        "is_cuda_compute_capability_equal": lambda other: its == numbers(other),
+    }
+    with mock.patch.multiple(cudnn, **answers):
+        yield

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# scripts/benchmark_gpu.sh DATA TOKENIZER [NAME...]: what docs/measurements.md has of one GPU.
+# scripts/benchmark_gpu.sh DATA TOKENIZER [NAME...]: trains models of known shapes on one GPU.
 #
-# Trains models of known shapes, with random weights, on rows of 4096 tokens that hold packed
-# instructions, and prints scripts/benchmark.py's JSON for each. DATA has Alpaca's fields. NAMEs
-# are of those below; without any, all run. 8B in full needs a GPU of more than 80 GiB.
+# Weights are random, and rows of 4096 tokens hold packed instructions; for each it prints the JSON
+# of scripts/benchmark.py. DATA has Alpaca's fields. NAMEs are of those below; without any, all run.
+# 8B in full needs a GPU of more than 80 GiB.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-data=$1 tokenizer=$2
+[ $# -ge 2 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+data=$(realpath "$1") tokenizer=$2
+[ ! -e "$tokenizer" ] || tokenizer=$(realpath "$tokenizer")
 shift 2
+[ $# -gt 0 ] || set -- gpt2 llama-1b llama-1b-microbatches llama-8b-lora llama-8b
+cd "$(dirname "$0")/.."
 
 low="model.param_dtype=bfloat16 optimizer.state_dtype=bfloat16 optimizer.grad_dtype=bfloat16"
 llama="model.config.model_type=llama model.config.vocab_size=128256
@@ -26,17 +29,16 @@ flags_of() {
     llama-1b-microbatches) echo "$llama_1b train.batch_size=32 train.minibatch_size=8" ;;
     llama-8b-lora) echo "$llama_8b $lora model.param_dtype=bfloat16 train.batch_size=4" ;;
     llama-8b) echo "$llama_8b $low train.batch_size=4 model.remat=minimal" ;;
-    *) echo "benchmark_gpu.sh: no shape is called $1" >&2 && exit 2 ;;
+    *) echo "benchmark_gpu.sh: no shape is called $1" >&2 && return 2 ;;
   esac
 }
 
-for name in "${@:-gpt2 llama-1b llama-1b-microbatches llama-8b-lora llama-8b}"; do
-  for shape in $name; do
-    words=()
-    for flag in $(flags_of "$shape"); do words+=("--config.$flag"); done
-    echo "== $shape"
-    python scripts/benchmark.py --config=configs/alpaca_gpt2.py "--config.data.train=$data" \
-      "--config.tokenizer.tokenizer_path=$tokenizer" --config.model.init=random \
-      --config.train.seq_length=4096 --config.data.eval_prompts=None "${words[@]}"
-  done
+for name in "$@"; do
+  flags=$(flags_of "$name")
+  words=()
+  for flag in $flags; do words+=("--config.$flag"); done
+  echo "== $name"
+  python scripts/benchmark.py --config=configs/alpaca_gpt2.py "--config.data.train=$data" \
+    "--config.tokenizer.tokenizer_path=$tokenizer" --config.model.init=random \
+    --config.train.seq_length=4096 --config.data.eval_prompts=None "${words[@]}"
 done

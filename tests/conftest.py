@@ -13,10 +13,13 @@ import os
 import tempfile
 
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") != "cpu":
-    # Several processes share the GPU; float32 is float32; kernels are those that users get.
+    # Several processes share the GPU; float32 is float32; kernels are those that users get, of
+    # those that give the same bits each time.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    deterministic = "--xla_gpu_exclude_nondeterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {deterministic}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -16,7 +16,7 @@ from tiny_models import tiny_gpt2
 
 from jax_sft.model import attention, attention_xla
 from jax_sft.model.attention import attend, choose_backend
-from jax_sft.model.attention_cudnn import find_runs
+from jax_sft.model.attention_cudnn import COUNTS_KEY_HEADS, MEAN_LEN, find_runs
 from jax_sft.model.attention_xla import QUERY_BLOCK
 from jax_sft.model.types import Alibi
 from jax_sft.sharding import make_mesh
@@ -57,7 +57,6 @@ def naive(
 
 
 STATIC = ("scale", "dropout_rate", "window", "softcap", "alibi", "backend")
-dot_product_attention = jax.nn.dot_product_attention  # which a test replaces
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -446,6 +445,19 @@ def test_a_backend_that_fails_or_lets_examples_meet_is_found_out(monkeypatch):
     def without_gradient(q, k, v, *rest, **options):
         return in_blocks(q, k, jax.lax.stop_gradient(v), *rest, **options)
 
+    def with_nan_gradient(q, k, v, *rest, **options):
+        v = jax.numpy.where(v < 100.0, v, jax.numpy.sqrt(v))  # of 0 times infinity
+        return in_blocks(q, k, v, *rest, **options)
+
+    def wrong_where_there_is_room(q, k, v, q_segments, *rest, **options):
+        num_runs = 1 + jax.numpy.sum(jax.numpy.diff(q_segments) != 0)
+        out = in_blocks(q, k, v, q_segments, *rest, **options)
+        return jax.numpy.where(num_runs <= q.shape[1] // MEAN_LEN, 2 * out, out)
+
+    def wrong_where_there_is_none(q, k, v, q_segments, *rest, **options):
+        out = in_blocks(q, k, v, q_segments, *rest, **options)
+        return 3 * out - wrong_where_there_is_room(q, k, v, q_segments, *rest, **options) - out
+
     layers = [dataclasses.replace(layer, window=60) for layer in config_with().layers]
     config = config_with(layers=tuple(layers))
     check = functools.partial(
@@ -454,7 +466,10 @@ def test_a_backend_that_fails_or_lets_examples_meet_is_found_out(monkeypatch):
     assert check() == "" if ON_GPU else check().startswith("fails here: ")
     monkeypatch.setattr(attention, "attend_by_cudnn", in_blocks)
     assert check() == ""
-    for wrong in (causal_alone, without_window, without_gradient):
+    for wrong in (
+        *(causal_alone, without_window, without_gradient, with_nan_gradient),
+        *(wrong_where_there_is_room, wrong_where_there_is_none),
+    ):
         monkeypatch.setattr(attention, "attend_by_cudnn", wrong)
         assert check().startswith("gives other numbers here, by up to "), wrong
 
@@ -485,11 +500,14 @@ def test_cudnn_is_given_the_examples_starts_or_their_mask(monkeypatch, capabilit
     assert "tensor<2x1x256x256xbf16>" in text, "there is no mask"
 
 
-def by_plain_arithmetic(q, k, v, *, scale, mask, implementation="cudnn"):
-    """`jax.nn.dot_product_attention` where there is no cuDNN."""
-    assert implementation == "cudnn"
+def by_plain_arithmetic(q, k, v, *, scale, mask, implementation):
+    """`jax.nn.dot_product_attention` where there is no cuDNN; softmax of nothing is NaN."""
+    assert implementation == "cudnn" and scale == 1.0
     assert q.shape[1] % 2 == k.shape[1] % 2 == 0, "its backward pass has no odd lengths"
-    return dot_product_attention(q, k, v, scale=scale, mask=mask)
+    k, v = (jax.numpy.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jax.numpy.einsum("BTHC,BSHC->BHTS", q, k)
+    weights = jax.nn.softmax(jax.numpy.where(mask, scores, -jax.numpy.inf), axis=-1)
+    return jax.numpy.einsum("BHTS,BSHC->BTHC", weights, v)
 
 
 @jax.custom_vjp
@@ -516,6 +534,10 @@ def segment_by_segment_backward(residuals, d_out):
     weights = jax.numpy.exp(scores - kept[numbers[:, None], heads, in_segment[:, None]][..., None])
     einsum = jax.numpy.einsum
     d_weights = einsum("BTHC,BSHC->BHTS", d_out, v)
+    # What stands behind an example's end may count, as weights of scores that are 0.
+    is_read = jax.numpy.zeros(kept.shape, bool)
+    is_read = is_read.at[numbers[:, None], heads, in_segment[:, None]].set(True)
+    weights = weights + jax.numpy.sum(jax.numpy.where(is_read, 0.0, jax.numpy.exp(-kept)))
     d_scores = weights * (d_weights - einsum("BTHC,BTHC->BHT", d_out, out)[..., None])
     d_q, d_k = einsum("BHTS,BSHC->BTHC", d_scores, k), einsum("BHTS,BTHC->BSHC", d_scores, q)
     return d_q, d_k, einsum("BHTS,BTHC->BSHC", weights, d_out), None, None
@@ -544,6 +566,8 @@ def from_starts(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, m
     """`cudnn.dot_product_attention` likewise, keeping for its backward pass what cuDNN keeps."""
     assert mask_type == cudnn.MaskType.PADDING_CAUSAL and scale == 1.0
     assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+    assert q.shape[1] % 2 == 0, "its backward pass has no odd lengths"
+    assert COUNTS_KEY_HEADS or k.shape == q.shape, "keys' offsets are counted by query heads"
     k, v = (jax.numpy.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     return segment_by_segment(q, k, v, q_offsets, q_seqlen)
 
@@ -551,8 +575,11 @@ def from_starts(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, m
 @pytest.mark.parametrize("sequence", [1, 4])
 @pytest.mark.parametrize(
     ("lengths", "window"),
-    [([5, 11], None), ([5, 6, 5], None), ([5, 11], 3), ([5, 6, 4], None)],
-    ids=["starts", "more than there is room for", "window", "odd"],
+    [
+        *(([5, 11], None), ([5, 6, 5], None), ([5, 11], 3)),
+        *(([5, 10], None), ([5, 6, 4], None), ([5, 7], None)),
+    ],
+    ids=["starts", "more than there is room for", "window", "odd starts", "odd", "odd parts"],
 )
 def test_what_cudnn_is_given_is_what_attend_means(lengths, window, sequence, monkeypatch):
     if ON_GPU:

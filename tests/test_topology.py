@@ -3,9 +3,18 @@
 import importlib.util
 
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental import topologies
 
 from jax_sft.flops import peak_flops
-from jax_sft.topology import GPUS, TPUS, parse_topology, prepare_environment
+from jax_sft.topology import (
+    GPUS,
+    TPUS,
+    as_if_here,
+    make_devices,
+    parse_topology,
+    prepare_environment,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +84,26 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
         prepare_environment(parse_topology("v5e-16"))
+
+
+def test_a_plugin_that_does_not_compile_is_done_without(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise NotImplementedError("topology not implemented")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    assert make_devices(parse_topology("gpu:8xH100")) is None
+    said = capsys.readouterr().err
+    assert said == "JAX's plugin for CUDA does not compile here: topology not implemented\n"
+
+
+def test_a_gpu_that_is_not_here_answers():
+    with as_if_here(parse_topology("gpu:L4")):
+        assert cudnn.check_compute_capability("8.9") and cudnn.check_compute_capability("8.0")
+        assert not cudnn.check_compute_capability("9.0")
+        assert not cudnn.is_cuda_compute_capability_equal("8.0")
+        assert cudnn.check_cudnn_version() == 91900
+    assert not cudnn.check_compute_capability("8.0")
 
 
 def test_a_topology_in_one_line():

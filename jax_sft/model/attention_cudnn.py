@@ -10,11 +10,9 @@ Told where examples begin, it keeps a row of logsumexps for each, as long as the
                                    second   d e . . .      a b c d e
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,33 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_sft.model.attention_xla import pad_tokens
 
-_CUDNN_VERSION = 91900  # that JAX 0.10 comes with, at least
 MEAN_LEN = 64  # rows with more examples than of this length on average take the mask
 # Before it, keys' offsets were counted with the number of query heads.
-_COUNTS_KEY_HEADS = jax.__version_info__ >= (0, 11, 2)
-
-
-@contextlib.contextmanager
-def as_if_on(capability: tuple[int, int]) -> Iterator[None]:
-    """Has JAX answer for a GPU that programs are compiled for: it asks the first that is here.
-
-    Args:
-        capability: the GPU's compute capability.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    def is_at_least(least: str) -> bool:
-        return capability >= tuple(map(int, least.split(".")))
-
-    def is_equal(other: str) -> bool:
-        return capability == tuple(map(int, other.split(".")))
-
-    with (
-        mock.patch.object(cudnn, "check_cudnn_version", lambda: _CUDNN_VERSION),
-        mock.patch.object(cudnn, "check_compute_capability", is_at_least),
-        mock.patch.object(cudnn, "is_cuda_compute_capability_equal", is_equal),
-    ):
-        yield
+COUNTS_KEY_HEADS = jax.__version_info__ >= (0, 11, 2)
 
 
 class Runs(NamedTuple):
@@ -98,13 +72,26 @@ def attend_by_cudnn(
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # private: not at import
 
     T, S = q_BTHC.shape[1], k_BSKC.shape[1]
-    qkv = ((q_BTHC * scale).astype(q_BTHC.dtype), k_BSKC, v_BSKC)
-    ids = (q_segment_ids_BT, k_segment_ids_BS, q_slots_T)
+    # Its backward pass has no odd lengths: what is added is a segment of its own.
+    room_T, room_S = T % 2, S % 2
+    qkv = (
+        pad_tokens((q_BTHC * scale).astype(q_BTHC.dtype), room_T),
+        pad_tokens(k_BSKC, room_S),
+        pad_tokens(v_BSKC, room_S),
+    )
+    ids = (
+        pad_tokens(q_segment_ids_BT, room_T, -1),
+        pad_tokens(k_segment_ids_BS, room_S, -1),
+        jnp.pad(q_slots_T, (0, room_T), constant_values=S),
+    )
     by_mask = functools.partial(_attend, functools.partial(_by_mask, window), ids)
     if T != S or window is not None or not cudnn.check_compute_capability("9.0"):
-        return by_mask(*qkv)
-    runs = find_runs(q_segment_ids_BT, max(2, T // MEAN_LEN))
-    return jax.lax.cond(runs.fit, functools.partial(_attend, _by_starts, runs), by_mask, *qkv)
+        out_BTHC = by_mask(*qkv)
+    else:
+        runs = find_runs(ids[0], max(2, T // MEAN_LEN) + room_T)
+        by_starts = functools.partial(_attend, _by_starts, runs)
+        out_BTHC = jax.lax.cond(runs.fit, by_starts, by_mask, *qkv)
+    return out_BTHC[:, :T]
 
 
 def find_runs(segment_ids_BT: jax.Array, num_most: int) -> Runs:
@@ -163,8 +150,9 @@ def _attend_backward(kernel, kept, d_out_BTHC):
         if not (isinstance(where, Runs) and _is_logsumexp(x)):
             return x
         _, H, T = x.shape
-        rows_SHT = jnp.zeros((where.lengths_BM.size, H, T), x.dtype)
-        return rows_SHT.at[_places(where, H)].set(x)
+        # Behind an example's end a weight is exp(score - inf): nothing, should the kernel make it.
+        rows_SHT = jnp.full((where.lengths_BM.size, H, T), jnp.inf, x.dtype)
+        return rows_SHT.at[_places(where, H)].set(x, unique_indices=True)
 
     return None, *jax.tree.map(as_given, backward)(d_out_BTHC)
 
@@ -186,7 +174,7 @@ def _places(runs: Runs, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array
 def _by_starts(runs: Runs, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array) -> jax.Array:
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    copies = 1 if _COUNTS_KEY_HEADS else q_BTHC.shape[2] // k_BTKC.shape[2]
+    copies = 1 if COUNTS_KEY_HEADS else q_BTHC.shape[2] // k_BTKC.shape[2]
     k_BTKC, v_BTKC = (jnp.repeat(x, copies, axis=2) for x in (k_BTKC, v_BTKC))
     return cudnn.dot_product_attention(
         q_BTHC,
@@ -209,22 +197,13 @@ def _by_mask(
     v_BSKC: jax.Array,
 ) -> jax.Array:
     q_segment_ids_BT, k_segment_ids_BS, q_slots_T = ids
-    T, S = len(q_slots_T), k_BSKC.shape[1]
-    distance_TS = q_slots_T[:, None] - jnp.arange(S)[None]
+    distance_TS = q_slots_T[:, None] - jnp.arange(k_BSKC.shape[1])[None]
     mask_TS = distance_TS >= 0
     if window is not None:
         mask_TS &= distance_TS < window
     mask_BTS = (q_segment_ids_BT[:, :, None] == k_segment_ids_BS[:, None]) & mask_TS[None]
-    # cuDNN's backward pass has no odd lengths: nobody sees the key that is added, and the query
-    # that is added sees all, since softmax of nothing is NaN.
-    mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, S % 2)))
-    mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, 0)), constant_values=True)
-    out_BTHC = jax.nn.dot_product_attention(
-        pad_tokens(q_BTHC, T % 2),
-        pad_tokens(k_BSKC, S % 2),
-        pad_tokens(v_BSKC, S % 2),
-        mask=mask_BTS[:, None],
-        scale=1.0,
-        implementation="cudnn",
+    # A query that is added sees all: softmax of nothing would be NaN.
+    mask_BTS |= (q_segment_ids_BT < 0)[..., None]
+    return jax.nn.dot_product_attention(
+        q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], scale=1.0, implementation="cudnn"
     )
-    return out_BTHC[:, :T]

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_sft.model.layers import ACTIVATIONS, Kernel, Numerics
+from jax_sft.model.layers import ACTIVATIONS, Kernel, Numerics, kept
 from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import Out, map_over_devices
 
@@ -38,7 +38,8 @@ class ExpertsLayer(nn.Module):
         gate_XDF = Kernel((X, D, F), in_axes, c.init_std, n, name="gate")()
         up_XDF = Kernel((X, D, F), in_axes, c.init_std, n, name="up")()
         down_XFD = Kernel((X, F, D), out_axes, c.residual_init_std, n, name="down")()
-        logits_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, router_DX, preferred_element_type=jnp.float32)
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        logits_BTX = kept(dot("BTD,DX->BTX", x_BTD, router_DX))
         probs_BTX = jax.nn.softmax(logits_BTX, axis=-1)
         weights_BTN, chosen_BTN = jax.lax.top_k(probs_BTX, experts.num_chosen)
         if experts.renormalise:

@@ -30,7 +30,7 @@ def model(backend):
 
 @pytest.fixture(autouse=True)
 def room_for_all_examples(monkeypatch):
-    """cuDNN is told where each example of a row begins, five at most, and padding."""
+    """cuDNN is told where each example of a row begins: five at most, padding among them."""
     monkeypatch.setattr(attention_cudnn, "MEAN_LEN", 8)
 
 
