@@ -294,11 +294,13 @@ def make_devices(topology: Topology) -> "list[jax.Device] | None":
     Raises:
         ValueError: libtpu knows no such slice.
     """
+    return _make_gpus(topology) if topology.platform == "gpu" else _make_tpus(topology)
+
+
+def _make_tpus(topology: Topology) -> "list[jax.Device]":
     import jax
     from jax.experimental.topologies import get_topology_desc
 
-    if topology.platform == "gpu":
-        return _make_gpus(topology)
     shape = "x".join(map(str, topology.shape))
     # v4 and v5p run a program on both cores of a chip at once: one device a chip.
     is_one = _CORES_A_CHIP[topology.generation] == 1
