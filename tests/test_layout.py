@@ -87,6 +87,7 @@ FLOORS = {
     "model/decoder": 1,
     "model/block": 0.8,
     "model/experts": 0.6,
+    "model/grouped_matmul": 0,
     "model/layers": 0.4,
     "model/rotary": 0.2,
     "model/attention": 0.2,

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_sft.model.grouped_matmul import grouped_matmul
 from jax_sft.model.layers import ACTIVATIONS, Kernel, Numerics, kept
 from jax_sft.model.types import DecoderConfig
 from jax_sft.sharding import Out, map_over_devices
@@ -107,9 +108,9 @@ def _mix(
     order_M = jnp.argsort(expert_M, stable=True)
     num_tokens_X = jnp.bincount(expert_M, length=gate_XDF.shape[0])
     x_MD = x_BTD.reshape(-1, D)[order_M // num_chosen]
-    gate_MF = ACTIVATIONS[activation](jax.lax.ragged_dot(x_MD, gate_XDF, num_tokens_X))
-    up_MF = jax.lax.ragged_dot(x_MD, up_XDF, num_tokens_X)
-    out_MD = jax.lax.ragged_dot(gate_MF * up_MF, down_XFD, num_tokens_X)
+    gate_MF = ACTIVATIONS[activation](grouped_matmul(x_MD, gate_XDF, num_tokens_X))
+    up_MF = grouped_matmul(x_MD, up_XDF, num_tokens_X)
+    out_MD = grouped_matmul(gate_MF * up_MF, down_XFD, num_tokens_X)
     # Back to the tokens' order: a gather, and not a sum in an order that varies.
     out_BTND = out_MD[jnp.argsort(order_M)].reshape(B, T, num_chosen, D)
     return jnp.sum(out_BTND * weights_BTN[..., None], axis=2)
