@@ -127,28 +127,24 @@ def gpu_plans(tmp_path_factory):
     return plan_all(GPU_TOPOLOGIES, tmp_path_factory.mktemp("gpu"))
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
-def test_the_step_compiles_for_every_tpu(plans, name):
-    found = plans[name]
+def assert_compiled(name, found, attention):
     asked, step = parse_topology(name), found["step"]
     assert (found["num_chips"], found["is_estimate"]) == (asked.num_chips, False)
     assert step["fits"] and 0 < step["needed_bytes"] < step["usable_bytes"]
     assert step["usable_bytes"] == round(asked.chip.usable_gib * GIB)
-    assert step["collectives"] and step["compile_seconds"] > 0
-    assert (
-        "bfloat16 compute, splash attention" in step["described"]
-    )  # by the platform that is planned for
+    assert bool(step["collectives"]) == (asked.num_chips > 1) and step["compile_seconds"] > 0
+    # By the platform that is planned for.
+    assert f"bfloat16 compute, {attention} attention" in step["described"]
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_the_step_compiles_for_every_tpu(plans, name):
+    assert_compiled(name, plans[name], "splash")
 
 
 @pytest.mark.parametrize("name", GPU_TOPOLOGIES)
 def test_the_step_compiles_for_gpus(gpu_plans, name):
-    found = gpu_plans[name]
-    asked, step = parse_topology(name), found["step"]
-    assert (found["num_chips"], found["is_estimate"]) == (asked.num_chips, False)
-    assert step["fits"] and 0 < step["needed_bytes"] < step["usable_bytes"]
-    assert step["compile_seconds"] > 0
-    assert "bfloat16 compute, cudnn attention" in step["described"]
-    assert bool(step["collectives"]) == (asked.num_chips > 1)
+    assert_compiled(name, gpu_plans[name], "cudnn")
 
 
 def test_the_sampler_compiles_for_a_gpu(gpu_plans):

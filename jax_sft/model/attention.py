@@ -89,7 +89,7 @@ def _lack(name: str, *, platform: str, config: DecoderConfig, dtype: Any) -> str
 
 
 def check_backend(name: str, *, config: DecoderConfig, dtype: Any) -> str:
-    """Compares a backend with "xla" on this machine: a packed row, forward and backward.
+    """Compares a backend with "xla" on this machine: packed rows, forward and backward.
 
     What a kernel does depends on its library and its device, and a wrong mask shows in no error.
 
@@ -101,11 +101,13 @@ def check_backend(name: str, *, config: DecoderConfig, dtype: Any) -> str:
     Returns:
         What is wrong with it, or "".
     """
-    # Of one row cuDNN is told where examples begin; the other has too many for it.
-    rows = ((170, 190, 1, 64, 87), (9,) * 50 + (62,))  # the last of each is padding
+    # Of the first rows cuDNN is told where examples begin; one of the others has too many for it.
+    # The last of each is padding.
+    batches = (((170, 190, 1, 64, 87), (300, 212)), ((9,) * 50 + (62,), (300, 212)))
+    shape = (2, 512)
     *keys, direction = jax.random.split(jax.random.key(0), 4)
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    shapes = [(1, sum(rows[0]), num_heads, config.head_width) for num_heads in heads]
+    shapes = [(*shape, num_heads, config.head_width) for num_heads in heads]
     qkv = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -127,10 +129,11 @@ def check_backend(name: str, *, config: DecoderConfig, dtype: Any) -> str:
 
     # A few roundings of numbers of about 1; what a wrong mask changes is about 1 itself.
     tolerance = 16 * float(jnp.finfo(dtype).eps)
-    for lengths in rows:
-        numbers = [*range(1, len(lengths)), 0]
-        segment_ids_BT = jnp.repeat(jnp.array(numbers), jnp.array(lengths))[None]
-        positions_BT = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
+    for rows in batches:
+        segment_ids_BT, positions_BT = np.zeros((2, *shape), np.int32)
+        for row, lengths in enumerate(rows):
+            segment_ids_BT[row] = np.repeat([*range(1, len(lengths)), 0], lengths)
+            positions_BT[row] = np.concatenate([np.arange(length) for length in lengths])
         try:
             found = out_and_grads(name, segment_ids_BT, positions_BT)
         except (NotImplementedError, RuntimeError, ValueError) as error:  # what JAX and XLA raise
