@@ -39,7 +39,7 @@ _PRODUCT_SHARE = 0.65
 # v4-8 and v5e-16 between 3.7 and 5.2 times, for an H200 twice.
 _COPIES = {"tpu": 4, "gpu": 2}
 # Of what a layer computes again, the part that compiled steps hold at once: for an H200 between a
-# quarter and a half of it.
+# fifth and a half of it.
 _HELD_AGAIN = {"tpu": 1.0, "gpu": 0.35}
 
 
