@@ -47,6 +47,7 @@ from jax_sft.recipe import (
     split_best_metric,
     trained_params,
 )
+from jax_sft.resume_point import ResumePoint, check_goes_on
 from jax_sft.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -66,8 +67,6 @@ from jax_sft.tracking import Tracker
 from jax_sft.train_step import TrainState, batch_sums
 
 _EXAMPLES_SHOWN = 5  # on the page of the data report
-# What a checkpoint's data says, before there is one.
-_NOTHING_YET = {"tokens": 0, "trained_tokens": 0}
 
 
 def train(
@@ -312,12 +311,12 @@ class SFTTrainer:
         # Weights before the compiler: a bad folder is known in seconds.
         update = make_update(config, model, num_steps=self.num_steps)
         restored = None if resume_dir is None else self._restore(Path(resume_dir), update.structs)
-        step, state, data = restored or (0, self._first_state(update), _NOTHING_YET)
+        step, state, point = restored or (0, self._first_state(update), None)
         self._step, seconds = compile_step(config, model, update)
         say("compiled", f"the train step in {seconds:.1f} s")
         wait_for_all()  # gloo gives up on a process that is half a minute late
         goes_on = restored is not None and Path(resume_dir).resolve() == self.run_dir
-        self._best = data["best"] if goes_on else None  # another folder's best/ is not here
+        self._best = point.best if goes_on else None  # another folder's best/ is not here
         self._open_folder(step if goes_on else None, opened)
         self._progress = Progress(
             self._tracker,
@@ -326,8 +325,8 @@ class SFTTrainer:
             describe=self._batches.describe,
             flops_a_step=flops_a_step(config, model, trained=trained),
             peak_flops=peak_flops(model),
-            num_tokens=data["tokens"],
-            num_trained=data["trained_tokens"],
+            num_tokens=0 if point is None else point.tokens,
+            num_trained=0 if point is None else point.trained_tokens,
         )
         return step, state
 
@@ -339,43 +338,27 @@ class SFTTrainer:
         with jax.set_mesh(self.model.mesh):
             return update.init(self.model.params)
 
-    def _restore(self, folder: Path, like: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
+    def _restore(self, folder: Path, like: TrainState) -> tuple[int, TrainState, ResumePoint]:
         """Reads the newest complete checkpoint."""
         checkpoints = Checkpoints.open_for_reading(folder)
         step = checkpoints.latest()
-        data = checkpoints.read_data(step)
-        if data["fingerprint"] != self._batches.fingerprint:
-            raise ValueError(
-                f"the checkpoint in {folder} was trained on other data, or in another order: keep "
-                "samples, seq_length, batch_size, seed, shuffle and packing to resume it, or start "
-                "anew in another train.checkpoint_dir"
-            )
-        if not data["has_optimizer"]:
-            raise ValueError(
-                f"the checkpoint in {folder} has no optimizer state, since train.save_optimizer "
-                "was False: make a model of it with python -m jax_sft.export, and start anew with "
-                "that as model.model_path"
-            )
-        if step > self.num_steps:
-            total, epochs = self.config.train.total_steps, self.config.train.epochs
-            key = "total_steps" if total == self.num_steps else "epochs"
-            raise ValueError(
-                f"the checkpoint in {folder} is at step {step}, but train.total_steps={total} and "
-                f"train.epochs={epochs} end the run at step {self.num_steps}: raise train.{key}, "
-                f"for at least {step} steps, or make a model of it with python -m jax_sft.export"
-            )
+        point = ResumePoint(**checkpoints.read_data(step))
+        check_goes_on(
+            point,
+            folder,
+            step,
+            fingerprint=self._batches.fingerprint,
+            vocab_size=self.model.decoder.config.vocab_size,
+            num_steps=self.num_steps,
+            total_steps=self.config.train.total_steps,
+            epochs=self.config.train.epochs,
+        )
         if self.inputs.stream is not None:
-            self.inputs.stream.seek(data["stream"])
-        if data["vocab_size"] != self.model.decoder.config.vocab_size:
-            raise ValueError(
-                f"the checkpoint in {folder} is of a vocabulary of {data['vocab_size']}, but the "
-                f"model has {self.model.decoder.config.vocab_size}: resume it with its own "
-                "tokenizer and model"
-            )
+            self.inputs.stream.seek(point.stream)
         state = checkpoints.restore(step, like, padded=_vocabulary_leaves(self.model))
-        self.model.source_dtypes = data["source_dtypes"]
+        self.model.source_dtypes = point.source_dtypes
         say("resumed", f"{folder} at step {step}")
-        return step, state, data
+        return step, state, point
 
     def _open_folder(self, resume_step: int | None, opened: contextlib.ExitStack) -> None:
         """Opens what the run writes, and has `opened` close it."""
@@ -484,19 +467,19 @@ class SFTTrainer:
         self._progress.flush()
         has_optimizer = self.config.train.save_optimizer
         with self._progress.paused():
-            data = {
-                "fingerprint": self._batches.fingerprint,
-                "tokens": self._progress.num_tokens,
-                "trained_tokens": self._progress.num_trained,
-                "best": self._best,
-                "source_dtypes": self.model.source_dtypes,
-                "stop_ids": self.model.stop_ids,
-                "vocab_size": self.model.decoder.config.vocab_size,
-                "stream": None if self.inputs.stream is None else self.inputs.stream.mark(step),
-                "has_optimizer": has_optimizer,
-            }
+            point = ResumePoint(
+                fingerprint=self._batches.fingerprint,
+                tokens=self._progress.num_tokens,
+                trained_tokens=self._progress.num_trained,
+                best=self._best,
+                source_dtypes=self.model.source_dtypes,
+                stop_ids=self.model.stop_ids,
+                vocab_size=self.model.decoder.config.vocab_size,
+                stream=None if self.inputs.stream is None else self.inputs.stream.mark(step),
+                has_optimizer=has_optimizer,
+            )
             saved = state if has_optimizer else state._replace(opt_state=())
-            self._checkpoints.save(step, saved, data)
+            self._checkpoints.save(step, saved, dataclasses.asdict(point))
 
     def _finish(self) -> None:
         if self.inputs.stream is not None:
