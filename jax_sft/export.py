@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
     from jax_sft.checkpoint import Checkpoints
     from jax_sft.config import SFTConfig
-    from jax_sft.data.tokenization import load_tokenizer
+    from jax_sft.data.tokenizer import load_tokenizer
     from jax_sft.manifest import read_manifest
     from jax_sft.recipe import open_model
     from jax_sft.run_folder import CHECKPOINTS, TOKENIZER, read_config

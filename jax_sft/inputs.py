@@ -24,9 +24,9 @@ from jax_sft.data.tokenization import (
     Encoding,
     check_stop_sequences,
     encode_prompt,
-    load_tokenizer,
     prompt_difference,
 )
+from jax_sft.data.tokenizer import load_tokenizer
 from jax_sft.data.types import (
     Conversation,
     Counts,

@@ -21,9 +21,10 @@ from jax_sft.data.batches import Batches
 from jax_sft.data.types import Batch, Examples, check_ids
 from jax_sft.evaluate import sweep
 from jax_sft.inputs import Inputs
-from jax_sft.model.causal_lm import DTYPES, CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model.decoder import Decoder
 from jax_sft.model.lora import is_adapter
+from jax_sft.model.placement import DTYPES, Placement
 from jax_sft.optimizer import make_optimizer, make_schedule, trained_mask
 from jax_sft.sampler import Sampling, check_prompts
 from jax_sft.sharding import make_mesh, named_sharding, num_shards

@@ -24,7 +24,8 @@ from jax_sft.data.fingerprint import source_fingerprint
 from jax_sft.data.packing import plan_rows
 from jax_sft.data.samples import load_samples
 from jax_sft.data.token_cache import tokenize_all
-from jax_sft.data.tokenization import Encoding, load_tokenizer
+from jax_sft.data.tokenization import Encoding
+from jax_sft.data.tokenizer import load_tokenizer
 from jax_sft.data.types import ExampleSet
 
 NUM_LENGTHS = (10_000, 100_000, 1_000_000, 10_000_000)

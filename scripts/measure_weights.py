@@ -105,7 +105,8 @@ def write_model(folder: Path, num_bytes: int, dtype: str) -> int:
 def with_jax_sft(folder: Path, dtype: str) -> list[float]:
     import jax
 
-    from jax_sft.model.causal_lm import CausalLM, Placement
+    from jax_sft.model.causal_lm import CausalLM
+    from jax_sft.model.placement import Placement
 
     model = CausalLM.open(folder / "model", placement=Placement(param_dtype=dtype))
     jax.numpy.zeros(1).block_until_ready()

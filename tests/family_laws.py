@@ -27,7 +27,8 @@ from tiny_models import lay_out, on_device, one_device
 from transformers import AutoConfig
 
 from jax_sft.data.types import examples_from_parts
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.sampler import Sampling, generate_ids
 from jax_sft.train_step import batch_sums
 

@@ -12,7 +12,8 @@ from small_tokenizers import packaged_bytes
 from tiny_models import FIELDS, draw_params, one_device, tiny_gpt2
 from transformers import GPTNeoConfig, Qwen2Config
 
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 
 ONE = Placement(mesh=one_device())
 

@@ -9,8 +9,9 @@ import pytest
 from tiny_models import draw_params, one_device
 
 from jax_sft.config import default_sft_config
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model.experts import ExpertsLayer, balance
+from jax_sft.model.placement import Placement
 from jax_sft.model.pretrained import by_path
 from jax_sft.startup import flops_a_step
 

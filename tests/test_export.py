@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import jax_sft
 from jax_sft import export
 from jax_sft.config import BYTE_TOKENIZER
-from jax_sft.data.tokenization import load_tokenizer
+from jax_sft.data.tokenizer import load_tokenizer
 from jax_sft.model import pretrained
 from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model.weight_files import WeightFiles

@@ -13,8 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_models import one_device
 
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model.flax_files import FlaxFiles, MsgpackFiles, open_weights
+from jax_sft.model.placement import Placement
 from jax_sft.model.weight_files import WeightFiles
 
 FLAX = Path(__file__).parent / "flax"  # see scripts/make_flax_golden.py

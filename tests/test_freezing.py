@@ -10,8 +10,9 @@ from transformers import AutoConfig
 
 from jax_sft import recipe
 from jax_sft.config import default_sft_config
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
 from jax_sft.model.families import FAMILIES
+from jax_sft.model.placement import Placement
 from jax_sft.model.pretrained import by_path
 
 # Tied and untied, and sparse layers between dense ones, are among the families' cases.

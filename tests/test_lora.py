@@ -11,7 +11,8 @@ from tiny_models import assert_close_trees, draw_params, one_device, paths_and_l
 
 from jax_sft.config import default_sft_config
 from jax_sft.model import lora
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.model.pretrained import by_path
 from jax_sft.recipe import make_update, open_model, trained_params
 

@@ -9,7 +9,8 @@ import pytest
 from tiny_models import VOCAB_SIZE, draw_params, one_device, tiny_gpt2
 
 from jax_sft import sampler
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.sampler import (
     STOP_CHECK_INTERVAL,
     Sampling,

@@ -277,7 +277,8 @@ SCRIPT = f"""
 import sys, time
 import jax_sft.data.token_cache as token_cache
 from jax_sft.data.samples import read_samples
-from jax_sft.data.tokenization import Encoding, load_tokenizer
+from jax_sft.data.tokenization import Encoding
+from jax_sft.data.tokenizer import load_tokenizer
 token_cache.ROWS_A_BLOCK = 10
 samples = read_samples(["some text %d" % i for i in range(40)])
 content = samples.to_content

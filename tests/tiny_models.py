@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh
 
 from jax_sft.data.packing import Plan, fill_rows
 from jax_sft.data.types import Batch, Examples, examples_from_parts
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.sharding import MESH_NAMES
 
 VOCAB_SIZE = 67

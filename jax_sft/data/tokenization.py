@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from jax_sft.data.chat import ChatTemplate, chat_template, check_stop_tokens
-from jax_sft.data.encoding import decode_continuations, encode, encode_dialogues, own_bos_ids
+from jax_sft.data.encoding import decode_continuations, encode_dialogues, own_bos_ids
+from jax_sft.data.tokenizer import token_id
 from jax_sft.data.types import (
     BadRow,
     Content,
@@ -105,64 +105,6 @@ class Part(NamedTuple):
         """The arrays as Examples, which have no names and no tokenizer."""
         offsets = np.cumsum([0, *self.lengths], dtype=np.int64)
         return Examples(self.inputs, self.targets, self.weights, offsets)
-
-
-def load_tokenizer(
-    path: str | Path,
-    *,
-    truncation_side: str = "right",
-    chat_template: str | None = None,
-) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer with transformers' AutoTokenizer.
-
-    Args:
-        path: a folder, or a name on the Hugging Face hub.
-        truncation_side: "left" or "right", kept in what the tokenizer saves.
-        chat_template: a Jinja template, or a file that holds one; None keeps its own.
-
-    Raises:
-        ValueError: there is no tokenizer to load under this path.
-    """
-    # They take seconds to import; most modules need none.
-    from transformers import AutoTokenizer, LlamaTokenizer
-
-    try:
-        kind = LlamaTokenizer if _is_bare_sentencepiece(Path(path)) else AutoTokenizer
-        tokenizer = kind.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"tokenizer_path {str(path)!r}: no tokenizer could be loaded ({reason}); pass a folder "
-            "that holds tokenizer.json, or a hub name with the network reachable"
-        ) from error
-    _check_choice("truncation_side", truncation_side, ("left", "right"))
-    tokenizer.truncation_side = truncation_side
-    if chat_template is not None:
-        tokenizer.chat_template = _read_chat_template(chat_template)
-    return tokenizer
-
-
-def _read_chat_template(template: str) -> str:
-    """A template, or what the file of one holds: a file's name has no braces."""
-    if "{" in template:
-        return template
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"tokenizer.chat_template {template!r} has no braces, so that it names a file, and it "
-            f"cannot be read ({error}); pass a Jinja template, or a file of one"
-        ) from error
-
-
-def _is_bare_sentencepiece(folder: Path) -> bool:
-    """Whether a folder has a SentencePiece model and nothing that says how it is used.
-
-    Causal models with such a file use it as Llama does: a space in front, BOS, byte fallback.
-    """
-    names = ("tokenizer.json", "tokenizer_config.json")
-    has_model = (folder / "tokenizer.model").is_file()
-    return has_model and not any((folder / name).exists() for name in names)
 
 
 def tokenize_samples(
@@ -437,12 +379,6 @@ class _Fitted(NamedTuple):
     num_untrained: int = 0
 
 
-def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a token by its text, as the tokenizer reads it."""
-    [ids] = encode([token], tokenizer)
-    return ids[0] if len(ids) == 1 else int(tokenizer.convert_tokens_to_ids(token))
-
-
 def _chat_template(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> ChatTemplate:
     return chat_template(
         tokenizer,
@@ -649,15 +585,6 @@ def check_stop_sequences(stop_sequences: Sequence[str]) -> None:
             raise ValueError(
                 f"stop_sequences[{index}] is {stop!r}; every stop sequence must be a non-empty str"
             )
-
-
-def special_stop_ids(
-    stop_sequences: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """The ids of those stop sequences that are special tokens, which no decoded text shows."""
-    known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    known |= zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return [known[stop] for stop in stop_sequences if stop in known]
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

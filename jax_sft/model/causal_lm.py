@@ -5,13 +5,12 @@ folder or hub name, call it for logits, generate text, save it back. Parameters 
 from the first byte; training takes them from here and gives them back here to be saved.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,87 +18,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
-from jax.sharding import Mesh
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from jax_sft import sampler, sharding
 from jax_sft.data.samples import load_eval_prompts
-from jax_sft.data.tokenization import (
-    check_stop_sequences,
-    decode_outputs,
-    load_tokenizer,
-    prompt_ids,
-    special_stop_ids,
-    token_id,
-)
+from jax_sft.data.tokenization import check_stop_sequences, decode_outputs, prompt_ids
+from jax_sft.data.tokenizer import load_tokenizer, special_stop_ids, token_id
 from jax_sft.model import adapter_files, lora, pretrained
-from jax_sft.model.attention import check_backend, choose_backend
+from jax_sft.model.config_fields import new_config, set_fields
 from jax_sft.model.decoder import Decoder, init_params, logical_axes, logits
 from jax_sft.model.families import find_family, read_config
-from jax_sft.model.layers import Numerics
-from jax_sft.model.types import DecoderConfig
+from jax_sft.model.placement import Placement
 
 DROPOUT_RATES = ("embed_dropout", "attention_dropout", "residual_dropout")
 ADAPTER = "adapter"  # the folder of the adapters, in that of the model they are merged into
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """How a model is computed and where it lives.
-
-    Attributes:
-        mesh: devices; None takes all, with the parameters split over them.
-        dtype: "float32", "bfloat16", or "auto": float32 on CPU, else bfloat16.
-        param_dtype: "float32", "bfloat16", or "auto": float32.
-        remat: what the backward pass computes again, a name in `decoder.REMAT_POLICIES`.
-        attention: attention backend, or "auto".
-        num_layers_unfrozen: top layers that will be trained, -1 for all; the layers below
-            them are kept in a stack of their own.
-    """
-
-    mesh: Mesh | None = None
-    dtype: str = "auto"
-    param_dtype: str = "auto"
-    remat: str = "none"
-    attention: str = "auto"
-    num_layers_unfrozen: int = -1
-
-    def numerics(self, config: DecoderConfig, mesh: Mesh) -> tuple[Numerics, str]:
-        """Returns what the names stand for on a mesh's platform, and what there is to say of it."""
-        platform = sharding.platform_of(mesh)
-        auto = "float32" if platform == "cpu" else "bfloat16"
-        for name in (self.dtype, self.param_dtype):
-            if name not in ("auto", *DTYPES):
-                raise ValueError(f"dtype {name!r} is unknown: choose auto, {', '.join(DTYPES)}")
-        dtype = DTYPES[auto if self.dtype == "auto" else self.dtype]
-        attention, reason = choose_backend(
-            self.attention, platform=platform, config=config, dtype=dtype
-        )
-        if attention == "cudnn" and jax.default_backend() == "gpu":
-            wrong = check_backend(attention, config=config, dtype=dtype)
-            if wrong and self.attention != "auto":
-                raise ValueError(f"model.attention='cudnn' {wrong}: choose auto or xla")
-            if wrong:
-                attention, reason = "xla", f"cudnn {wrong}"
-        numerics = Numerics(
-            dtype=dtype,
-            param_dtype=DTYPES["float32" if self.param_dtype == "auto" else self.param_dtype],
-            remat=self.remat,
-            attention=attention,
-        )
-        return numerics, reason
-
-    def num_frozen_layers(self, num_layers: int) -> int:
-        """Returns how many of a model's layers are not trained."""
-        unfrozen = self.num_layers_unfrozen
-        if unfrozen > num_layers:
-            raise ValueError(
-                f"model.num_layers_unfrozen={unfrozen}, but the model has {num_layers} layers: "
-                "choose at most as many, or -1 for all"
-            )
-        return 0 if unfrozen < 0 else num_layers - unfrozen
 
 
 class CausalLM:
@@ -222,7 +154,7 @@ class CausalLM:
         fields, placement = fields or {}, placement or Placement()
         kept = {"placement": placement, "dropout_fields": fields}
         if path is None:
-            config = _new_config(_special_tokens(tokenizer) | fields)
+            config = new_config(fields, tokenizer=tokenizer)
             return cls(config, tokenizer=tokenizer, peft_config=peft_config, **kept)
         folder, adapter_folder = pretrained.resolve_folder(path), None
         if adapter_files.is_adapter_folder(folder):
@@ -236,7 +168,7 @@ class CausalLM:
             path = adapter_files.base_model(adapter_folder)
             folder = pretrained.resolve_folder(path)
         config = pretrained.read_config(folder)
-        _override(config, fields)
+        set_fields(config, fields)
         for place in (adapter_folder, folder):  # an adapter may have added to the tokenizer
             if tokenizer is None and place and (place / "tokenizer_config.json").is_file():
                 tokenizer = load_tokenizer(place)
@@ -560,88 +492,3 @@ def _logits(
 ) -> jax.Array:
     hidden_BTD, _ = decoder.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
     return logits(decoder.config, params, hidden_BTD)
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: getattr(tokenizer, name) for name in names}
-    return {"vocab_size": len(tokenizer), **ids}
-
-
-def _new_config(fields: dict[str, Any]) -> Any:
-    model_type = fields["model_type"]
-    try:
-        kind = type(AutoConfig.for_model(model_type))
-    except ValueError:
-        raise ValueError(
-            f"model.config.model_type {model_type!r} is unknown to transformers: see its list"
-        ) from None
-    _check_fields(kind(), fields)
-    with _one_line_of_a_bad_field():
-        return kind(**{name: value for name, value in fields.items() if name != "model_type"})
-
-
-def _override(config: Any, fields: dict[str, Any]) -> None:
-    _check_fields(config, fields)
-    if "model_type" in fields and fields["model_type"] != config.model_type:
-        raise ValueError(
-            f"model.config.model_type is {fields['model_type']!r}, but the model in model_path "
-            f"is {config.model_type!r}: leave it out, or set model.init='random'"
-        )
-    old = {name: getattr(config, name) for name in fields}
-    with _one_line_of_a_bad_field():
-        for name, value in fields.items():
-            setattr(config, name, value)
-    if fields:
-        _check_changes(config, old)
-
-
-def _check_changes(config: Any, old: dict[str, Any]) -> None:
-    """Refuses changes that would be lost: classes make some fields of others when they are read.
-
-    Args:
-        config: changed, field by field.
-        old: the values before, of what was changed.
-    """
-    kind, meant = type(config).__name__, read_config(config)
-    if _read_again(config) != meant:
-        raise ValueError(
-            f"model.config.{', '.join(old)}: {kind} makes another model of these fields when it is"
-            " read from a file: change too what it makes of them"
-        )
-    made = {name for name in find_family(config).harmless if name in old}
-    idle = [name for name in made if getattr(config, name) != old[name]]
-    without = copy.deepcopy(config)
-    for name in idle:
-        setattr(without, name, old[name])
-    if idle and _read_again(without) == meant:
-        raise ValueError(
-            f"model.config.{', '.join(sorted(idle))} changes nothing of a model that is loaded:"
-            f" leave it out, or set what {kind} makes of it, as layer_types or attention_layers"
-        )
-
-
-def _read_again(config: Any) -> DecoderConfig | None:
-    """What the config would say after it was saved and loaded; None where it would be refused."""
-    try:
-        return read_config(type(config).from_dict(config.to_dict()))
-    except (ValueError, StrictDataclassError):
-        return None
-
-
-@contextlib.contextmanager
-def _one_line_of_a_bad_field() -> Iterator[None]:
-    try:
-        yield
-    except StrictDataclassError as error:
-        raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
-
-
-def _check_fields(config: Any, fields: dict[str, Any]) -> None:
-    for name in fields:
-        if not hasattr(config, name):
-            raise ValueError(
-                f"model.config.{name} is no field of {type(config).__name__}: see its documentation"
-            )

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_models import one_device, tiny_gpt2
 
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.sampler import Sampling, generate_ids
 
 NUM_NEW = 8

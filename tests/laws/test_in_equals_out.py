@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.sharding import make_mesh
 
 FIELDS = dict(

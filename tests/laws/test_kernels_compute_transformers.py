@@ -13,7 +13,8 @@ from kernels import ON_GPU, RUN_HERE, dtype_of, tolerance
 from tiny_models import one_device
 
 from jax_sft.model import attention_cudnn
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 
 CASES = {
     "gpt2": "plain",

@@ -18,7 +18,8 @@ from tiny_models import (
 from jax_sft import recipe
 from jax_sft.config import default_sft_config
 from jax_sft.data.batches import Batches
-from jax_sft.model.causal_lm import CausalLM, Placement
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.placement import Placement
 from jax_sft.sharding import make_mesh, named_sharding
 from jax_sft.train_step import batch_sums
 
