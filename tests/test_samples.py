@@ -523,7 +523,7 @@ def test_lines_that_are_not_the_rows_are_an_error(tmp_path, monkeypatch):
     assert "2 rows on 1 lines; write each row on a line" in error_of(load_samples, path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.ndjson"])
 @pytest.mark.parametrize(
     "values",
     [
@@ -588,6 +588,7 @@ def test_cells_of_a_csv_file_are_texts_and_filters_see_numbers(tmp_path):
 def test_missing_files_and_hub_names(tmp_path):
     for name in ("nothing.jsonl", "./nothing", str(tmp_path / "nothing")):
         assert "no such file" in error_of(load_samples, name)
+    assert "patterns are not read" in error_of(load_samples, "data/*.jsonl")
     assert "pass a file instead" in error_of(load_samples, "nobody/nothing")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfd")
     assert "bytes.txt line 1: not UTF-8" in error_of(load_samples, str(tmp_path / "bytes.txt"))

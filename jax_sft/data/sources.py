@@ -8,6 +8,7 @@ error that names the file and the line.
 
 from __future__ import annotations
 
+import glob
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ FILE_BITS = 40  # of a row's number the lower ones say the line, those above the
 _FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".csv": "csv",
     ".parquet": "parquet",
     ".txt": "text",
@@ -134,6 +136,8 @@ def find_source(source: str, *, format: str | None = None) -> Place:
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     by_name = _FORMATS.get(suffixes[-1]) if suffixes else None
     if not path.exists() and "://" not in source:
+        if glob.has_magic(source):
+            raise ValueError(f"{source}: patterns are not read; pass the folder, or a list of files")
         if by_name or format or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise ValueError(f"{source}: no such file; pass {others}")
         return Place("hub", source)
