@@ -7,6 +7,7 @@ checked. Leaves take plain values; here, and in `train.py`, the config is unpack
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ from jax_sft.data.types import (
 )
 from jax_sft.evaluate import MetricFn
 from jax_sft.model.adapter_files import base_model, is_adapter_folder
+
+_SHOWN_BEFORE, _SHOWN_BEHIND = 24, 24  # characters around a difference
 
 
 class Prompts(NamedTuple):
@@ -411,12 +414,15 @@ def _encode_prompts(
         if note is None and isinstance(prompt, Conversation):
             own = prompt_difference(prompt, text, tokenizer, encoding)
             if own is not None:
+                shown, other = _apart(text, own)
                 note = (
-                    f"as training has them, ending in {_end(text)}; add_generation_prompt would "
-                    f"end in {_end(own)}"
+                    f"as training has them, with {shown}; add_generation_prompt would have {other}"
                 )
     return Prompts([text for _, text in encoded], [ids for ids, _ in encoded], metadata, note)
 
 
-def _end(text: str) -> str:
-    return repr(text[-40:])
+def _apart(text: str, other: str) -> tuple[str, str]:
+    """Where two texts differ, each in quotes, with a little of what stands before."""
+    same = len(os.path.commonprefix([text, other]))
+    start = max(same - _SHOWN_BEFORE, 0)
+    return tuple(repr(one[start : same + _SHOWN_BEHIND]) for one in (text, other))

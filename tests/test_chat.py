@@ -215,15 +215,14 @@ def test_reasoning_in_a_field_is_trained(name, answer, num_unrendered, field):
     assert sequence.reasons and row.num_unrendered == num_unrendered
 
 
-def test_an_answer_that_thinks_behind_a_prompt_against_it_is_put_there():
+def test_an_answer_that_thinks_begins_with_that_behind_a_prompt_that_rules_it_out():
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
     row = ChatTemplate(tokenizer).render(conversation("2+2?", f"{THOUGHT}Four."), "row 7")
     assert shown(row.sequences[0]) == (
-        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-        f"⟪{THOUGHT}Four.<|im_end|>⟫\n"
+        f"<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟪{THOUGHT}Four.<|im_end|>⟫\n"
     )
-    assert row.num_unrendered == 1
+    assert row.num_unrendered == 0
 
 
 def test_with_tools_at_hand_a_prompt_does_not_rule_calls_out():

@@ -216,8 +216,16 @@ def test_a_conversation_is_trained_from_its_eval_prompt_on():
     assert inputs.prompts.note is None
     own = CHATML.replace("assistant\n'", "assistant'")
     note = load(config, chat_tokenizer(own), **given).prompts.note
-    assert note.endswith(
-        "add_generation_prompt would end in " + repr(prompt.removesuffix("\n")[-40:])
+    end = repr("nd|>\n<|im_start|>assistant\n"[-25:])
+    assert note == (
+        f"as training has them, with {end}; add_generation_prompt would have "
+        + repr("|>\n<|im_start|>assistant"[-24:])
+    )
+    early = CHATML.replace("{% for", "{{ 'Hey. ' if add_generation_prompt }}{% for", 1)
+    note = load(config, chat_tokenizer(early), **given).prompts.note
+    assert note == (
+        "as training has them, with '<|im_start|>user\\nHi<|im_'; add_generation_prompt would have "
+        "'Hey. <|im_start|>user\\nHi'"
     )
 
 

@@ -69,6 +69,7 @@ FLOORS = {
     "data/tokenization": 1,
     "data/tokenizer": 0.1,
     "data/chat": 0.8,
+    "data/dialect": 0.7,
     "data/habits": 0.6,
     "data/template": 0.4,
     "data/encoding": 0,

@@ -118,6 +118,8 @@ def test_report_by_hand():
         "added_stops": 0,
         "examples_with_reasoning": 0,
         "unrendered_reasoning": 0,
+        "left_out_messages": 0,
+        "left_out_tools": 0,
         "rows": 2,
         "packing_efficiency": 14 / 16,
         "steps_per_epoch": 1,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from chat_templates import tokenizer_of
 from small_tokenizers import (
     ALL,
     BYTE_TOKENIZER,
@@ -173,6 +174,17 @@ def test_right_truncation_keeps_the_front_and_left_the_end_behind_the_bos():
     assert left[0].ids == [EOS, 101, 102, EOS]
     # "e" does not follow a BOS in the text, so predicting it from one is not trained.
     assert left[0].weights_T.tolist() == [0, 1, 1]
+
+
+def test_left_truncation_keeps_the_bos_that_a_chat_template_writes():
+    tokenizer = tokenizer_of("llama3")
+    chat = {
+        "messages": [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "y"}]
+    }
+    whole = only([chat], tokenizer, seq_length=200)
+    cut = only([chat], tokenizer, seq_length=20, truncation_side="left")
+    assert cut.ids == [tokenizer.bos_token_id, *whole.ids[-20:]]
+    assert cut.weights_T.tolist() == [0, *whole.weights_T[-19:]]
 
 
 def test_what_just_fits_is_left_alone():

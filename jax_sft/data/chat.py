@@ -9,12 +9,14 @@ and it ends in the token that the template writes behind answers.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_sft.data import template as messages_of
+from jax_sft.data.dialect import Dialect
 from jax_sft.data.habits import ASK, REPLY, Habits, Tokens, before_spaces, find_habits
 from jax_sft.data.template import Chat, Template
 from jax_sft.data.types import BadRow, Conversation, Message, Turn
@@ -54,11 +56,15 @@ class RenderedRow(NamedTuple):
             none.
         num_unrendered: trained answers whose reasoning the template leaves out, so that it
             was put in front of their text.
+        num_left_out: messages that are no answers and that the template leaves out.
+        leaves_out_tools: whether it leaves out the tools.
     """
 
     sequences: tuple[Rendered, ...]
     num_added_stops: int = 0
     num_unrendered: int = 0
+    num_left_out: int = 0
+    leaves_out_tools: bool = False
 
 
 class _Span(NamedTuple):
@@ -105,19 +111,12 @@ class ChatTemplate:
                 "tokenizer.chat_template to a Jinja file, or pass [prompt, output, ...] lists"
             )
         self._template = Template(tokenizer, kwargs or {})
+        self._dialect = Dialect(self._template)
         self._chosen = check_stop_tokens(stop_tokens, tokenizer)
         self._tokens = Tokens(tokenizer, self._chosen)
-        self._eos = tokenizer.eos_token if add_eos else None
-        self._without_tools, self._with_tools = (
-            find_habits(
-                self._template,
-                self._tokens,
-                self._chosen,
-                tokenizer.eos_token,
-                has_tools=has_tools,
-            )
-            for has_tools in (False, True)
-        )
+        self._eos_token = tokenizer.eos_token
+        self._added_stop = tokenizer.eos_token if add_eos else None
+        self._habits_of: dict[tuple[bool, bool], Habits] = {}
 
     def render(self, conversation: Conversation, origin: str) -> RenderedRow:
         """Renders a conversation, and finds its answers.
@@ -140,14 +139,20 @@ class ChatTemplate:
             BadRow: the template refuses the conversation, or an answer cannot be found in
                 what it renders.
         """
-        chat = _chat(conversation, origin)
+        chat = self._dialect.chat(conversation, origin)
         weights = [message.weight for message in conversation.messages]
         num_answers = sum(_is_answer(message) for message in chat.messages)
         found = None
         if num_answers == 1 or not self._habits(chat).rewrites:
             if not any(map(_is_more_than_text, chat.messages)):
                 found = self._at_once(chat, weights)
-        return found or self._one_by_one(chat, weights)
+        found = found or self._one_by_one(chat, weights)
+        if left_out := self._template.left_out(chat, found.sequences[-1].text):
+            found = found._replace(num_left_out=len(left_out))
+            found = self._as_prompted(chat, weights) or found
+        return found._replace(
+            leaves_out_tools=chat.tools is not None and not self._dialect.has_tools
+        )
 
     def prompt(
         self, conversation: Conversation, origin: str, *, reasons: bool = False
@@ -179,16 +184,29 @@ class ChatTemplate:
 
     def generation_prompt(self, conversation: Conversation, origin: str) -> str:
         """What the template itself renders for an answer to come, by add_generation_prompt."""
-        return self._template.render(_chat(conversation, origin), prompts=True)
+        return self._template.render(self._dialect.chat(conversation, origin), prompts=True)
 
     @property
     def stops(self) -> list[str]:
         """The tokens that end answers, as far as the template shows them."""
-        habits = self._without_tools, self._with_tools
-        return sorted({one.stop for one in habits if one.stop is not None})
+        found = itertools.starmap(self._find_habits, itertools.product((False, True), repeat=2))
+        return sorted({habits.stop for habits in found if habits.stop is not None})
 
     def _habits(self, chat: Chat) -> Habits:
-        return self._without_tools if chat.tools is None else self._with_tools
+        return self._find_habits(chat.tools is not None, chat.messages[0]["role"] == "system")
+
+    def _find_habits(self, has_tools: bool, has_system: bool) -> Habits:
+        kind = (has_tools, has_system)
+        if kind not in self._habits_of:
+            self._habits_of[kind] = find_habits(
+                self._template,
+                self._tokens,
+                self._chosen,
+                self._eos_token,
+                has_tools=has_tools,
+                has_system=has_system,
+            )
+        return self._habits_of[kind]
 
     # -- all answers in one rendering --------------------------------------------------------
 
@@ -212,14 +230,14 @@ class ChatTemplate:
                 spans[index] = _Span(before_spaces(text, start), end, None)
                 continue
             start = starts[index]
-            stop_end = self._tokens.end_of(habits.stop, text, end)
-            if stop_end is not None:
-                spans[index] = _Span(start, stop_end, habits.stop)
-            elif index == len(weights) - 1:
+            if index == len(weights) - 1:
                 text, spans[index], adds_stop, _ = self._closed(text, start, end, habits)
                 num_added = int(adds_stop and weights[index] > 0)
-            else:
+                continue
+            stop_end = self._tokens.end_of(habits.stop, text, end, habits.closing)
+            if stop_end is None:
                 return None  # as the last message of its chat it may end
+            spans[index] = _Span(start, stop_end, habits.stop)
         return RenderedRow((_cut(chat, text, spans, weights),), num_added)
 
     def _starts(self, chat: Chat, text: str, contents: Mapping[int, int]) -> dict[int, int] | None:
@@ -295,9 +313,7 @@ class ChatTemplate:
         if plain is not None:
             return self._ended(whole, chat, *plain)
         found = self._found(whole, chat, self._template.render(chat))
-        if found is not None:
-            return found
-        if messages_of.reasons(message):
+        if found is None and messages_of.reasons(message):
             found = self._with_reasoning(whole, chat)
         if found is None:
             raise BadRow(
@@ -306,7 +322,7 @@ class ChatTemplate:
                 'off its train flag, or set data.on_bad_row to "skip"',
                 reason="answer_not_located",
             )
-        return found._replace(is_unrendered=True)
+        return found
 
     def _plain(self, chat: Chat) -> tuple[str, int, int] | None:
         """A chat's text, and where its last answer begins and its content ends in it."""
@@ -325,30 +341,52 @@ class ChatTemplate:
         chat = chat.with_last(full)
         text = self._template.try_render(chat)
         found = None if text is None else self._found(whole, chat, text)
-        if found is not None or messages_of.has_calls(full):
-            return found
-        around = self._template.around_last(chat)
+        if found is not None:
+            return found._replace(is_unrendered=True)
+        around = None if messages_of.has_calls(full) else self._template.around_last(chat)
         if around is None:
             return None
         before, behind = around
+        before = messages_of.before_thought(before)
         text = before + full["content"] + behind
         start = self._start(chat, text)
         if start is None:
             return None
         end = len(before) + len(full["content"])
-        return self._closed(text, start, end, self._habits(chat))
+        return self._closed(text, start, end, self._habits(chat))._replace(is_unrendered=True)
 
     def _found(self, whole: Chat, chat: Chat, text: str) -> _Answer | None:
         """The answer at the end of a text, None where parts of it are not there."""
         is_kept, end = self._template.keeps_last(chat, text)
-        start = self._start(chat, text) if is_kept else None
+        if not is_kept:
+            return None
+        content = chat.messages[-1]["content"]
+        before, tagged, behind = (
+            text.rpartition(content) if messages_of.THINK in content else ("", "", "")
+        )
+        is_behind_thought = bool(tagged) and before != messages_of.before_thought(before)
+        if is_behind_thought:
+            end = (
+                None if end is None else end - len(before) + len(messages_of.before_thought(before))
+            )
+            text = messages_of.before_thought(before) + tagged + behind
+        start = self._start(chat, text)
         if start is None:
             return None
-        if any(name not in text[start:] for name in messages_of.call_names(chat.messages[-1])):
-            return None
         if end is None:
-            end = self._tokens.before_last(text, start)
-        return self._ended(whole, chat, text, start, end)
+            habits = self._habits(chat)
+            turn = text.removesuffix(habits.after)
+            end = self._tokens.before_last(turn, start)
+            if habits.ending and turn.endswith(habits.ending, start):
+                end = len(turn) - len(habits.ending)
+        return self._ended(whole, chat, text, start, end)._replace(is_unrendered=is_behind_thought)
+
+    def _plain_in_place(self, chat: Chat) -> tuple[str, int, int] | None:
+        """As `_plain`, with a plain answer in the place of the last message."""
+        try:
+            return self._plain(chat.with_last({"role": "assistant", "content": REPLY}))
+        except BadRow:
+            return None
 
     def _start(self, chat: Chat, text: str) -> int | None:
         """Where the last answer of a text begins: where a plain one in its place would.
@@ -356,10 +394,7 @@ class ChatTemplate:
         One that thinks, or stands behind another text than a plain one, begins before what
         the template writes in front of plain ones alone, such as an empty <think> block.
         """
-        try:
-            plain = self._plain(chat.with_last({"role": "assistant", "content": REPLY}))
-        except BadRow:
-            return None
+        plain = self._plain_in_place(chat)
         if plain is None:
             return None
         plain_text, start, _ = plain
@@ -368,29 +403,89 @@ class ChatTemplate:
         is_one_for_all = chat.tools is not None or self._template.marks_answers(chat)
         starts = [start] if is_one_for_all or not messages_of.reasons(chat.messages[-1]) else []
         if not is_one_for_all and plain_text.endswith(lead_in, 0, start):
-            starts.append(start - len(lead_in))
-        return next((place for place in starts if text.startswith(plain_text[:place])), None)
+            start -= len(lead_in)
+            is_open = messages_of.opens_thought(plain_text[:start])
+            starts.append(start if is_open else len(messages_of.before_thought(plain_text[:start])))
+        for place in starts:
+            if text.startswith(plain_text[:place]):
+                return place
+        # Else where the two part, if that is behind the start of the assistant's turn.
+        asked = self._template.try_render(chat.up_to(len(chat.messages) - 1))
+        place = before_spaces(text, self._tokens.common(text, plain_text[:start]))
+        return place if asked is not None and len(asked) < place else None
+
+    # -- each answer behind the prompt that the template writes for it ------------------------
+
+    def _as_prompted(self, chat: Chat, weights: Sequence[float]) -> RenderedRow | None:
+        """Puts each trained answer behind the template's own prompt, where that says more.
+
+        Some templates write a system message in front of the last message alone, where that is
+        a user's, so that it stands in prompts and in no rendered answer. None where no prompt
+        has what is left out.
+        """
+        trained = [index for index, weight in enumerate(weights) if weight]
+        if not all(_is_answer(chat.messages[index]) for index in trained):
+            return None
+        answers = {index: self._answer(chat, index) for index in trained}
+        left_out = {
+            index: self._template.left_out(chat.up_to(index + 1), answer.text)
+            for index, answer in answers.items()
+        }
+        prompts = {
+            index: self._prompt_before(chat.up_to(index), answers[index])
+            for index in trained
+            if left_out[index]
+        }
+        if not any(prompts.values()):
+            return None
+        sequences = []
+        for index, (text, (start, end, stop), *_) in answers.items():
+            before = prompts.get(index) or text[:start]
+            turns = Turn(before, 0.0), Turn(text[start:end], weights[index])
+            reasons = messages_of.reasons(chat.messages[index])
+            sequences.append(Rendered(turns, (None, stop or ""), reasons))
+        return RenderedRow(
+            tuple(sequences),
+            sum(answer.adds_stop for answer in answers.values()),
+            sum(answer.is_unrendered for answer in answers.values()),
+            0 if prompts.get(trained[-1]) else len(left_out[trained[-1]]),
+        )
+
+    def _prompt_before(self, asked: Chat, answer: _Answer) -> str | None:
+        """The template's own prompt, if it leaves out nothing and leads up to an answer alike."""
+        text = self._template.try_render(asked, prompts=True) if asked.messages else None
+        last = asked.messages[-1]["content"].strip() if asked.messages else ""
+        if not text or not last or self._template.left_out(asked, text):
+            return None
+        before = answer.text[: answer.span.start]
+        return text if before.rpartition(last)[2] == text.rpartition(last)[2] else None
 
     # -- where an answer ends ----------------------------------------------------------------
 
-    def _closed(self, text: str, start: int, end: int, habits: Habits) -> _Answer:
+    def _closed(
+        self, text: str, start: int, end: int, habits: Habits, *, has_calls: bool = False
+    ) -> _Answer:
         """Ends the last answer of a text in its stop token, which is added if it has none."""
-        tokens = self._tokens.at_start(text[end:])
-        stop = habits.stop
-        if stop not in tokens and tokens and not self._chosen:
-            stop = tokens[0]  # tool calls may end otherwise than plain answers
-        stop_end = self._tokens.end_of(stop, text, end)
-        if stop_end is not None:
-            return _Answer(text, _Span(start, stop_end, stop))
         rest = text[end:]
+        turn = text.removesuffix(habits.after) if rest.endswith(habits.after) else text
+        if stops := [stop for stop in self._chosen if stop in turn[end:]]:
+            stop = min(stops, key=rest.find)
+            return _Answer(text, _Span(start, end + rest.find(stop) + len(stop), stop))
+        if habits.ending and turn.startswith(habits.ending, end):
+            return _Answer(text, _Span(start, end + len(habits.ending), habits.stop))
+        tokens = self._tokens.following(turn, end)
+        if tokens and (has_calls or not self._chosen):
+            # Tool calls may end otherwise than plain answers, in several tokens of their own.
+            stop, stop_end = next((two for two in tokens if two[0] == habits.stop), tokens[-1])
+            return _Answer(text, _Span(start, stop_end, None if self._chosen else stop))
         if habits.stop is not None:
-            text = text + habits.stop if not rest.strip() else text[:end] + habits.stop + rest
-            end = len(text) if not rest.strip() else end + len(habits.stop)
-            return _Answer(text, _Span(start, end, habits.stop))
-        if self._eos is None or rest.strip():
+            end = end if rest.strip() else len(text)
+            text = text[:end] + habits.stop + text[end:]
+            return _Answer(text, _Span(start, end + len(habits.stop), habits.stop))
+        if self._added_stop is None or rest.strip():
             return _Answer(text, _Span(start, end, None))
-        text = text[:end] + self._eos
-        return _Answer(text, _Span(start, len(text), self._eos), adds_stop=True)
+        text = text[:end] + self._added_stop
+        return _Answer(text, _Span(start, len(text), self._added_stop), adds_stop=True)
 
     def _ended(self, whole: Chat, chat: Chat, text: str, start: int, end: int) -> _Answer:
         """Ends the last answer of a text, if need be in the token that follows it."""
@@ -400,7 +495,8 @@ class ChatTemplate:
             if follower is not None:
                 text += follower
                 return _Answer(text, _Span(start, len(text), follower))
-        return self._closed(text, start, end, habits)
+        has_calls = messages_of.has_calls(chat.messages[-1])
+        return self._closed(text, start, end, habits, has_calls=has_calls)
 
     def _follower(self, whole: Chat, end: int, text: str) -> str | None:
         """The token that begins what follows the messages of a text."""
@@ -466,17 +562,6 @@ def _cut(chat: Chat, text: str, spans: Mapping[int, _Span], weights: Sequence[fl
         stops.append(None)
     reasons = any(weights[index] and messages_of.reasons(chat.messages[index]) for index in spans)
     return Rendered(tuple(turns), tuple(stops), reasons)
-
-
-def _chat(conversation: Conversation, origin: str) -> Chat:
-    """The conversation's fields; white space at an answer's ends is the template's to write."""
-    messages = tuple(
-        {**message.fields, "content": message.fields["content"].strip()}
-        if _is_answer(message.fields)
-        else message.fields
-        for message in conversation.messages
-    )
-    return Chat(messages, conversation.tools, origin)
 
 
 def _is_answer(message: Mapping[str, Any]) -> bool:

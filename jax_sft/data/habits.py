@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ASK, REPLY = "probe", "7"  # a digit: templates may change the case of letters
+_RULE, _ASK_AGAIN = "rule", "more"
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}, "id": "123456789"}
 _SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}}
-_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": _SCHEMA}}
-_OTHER_ANSWERS = (
-    {"role": "assistant", "content": REPLY, "reasoning_content": ASK},
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-)
+TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": _SCHEMA}}
+_THINKING = {"role": "assistant", "content": REPLY, "reasoning_content": ASK}
+_CALLING = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 
 
 class Habits(NamedTuple):
@@ -37,12 +36,18 @@ class Habits(NamedTuple):
         rewrites: whether an answer looks different when others follow it.
         lead_in: what the template writes in front of them, but not of answers that think or
             call tools.
+        closing: what it writes behind one that others follow, up to the stop token's end.
+        ending: what it writes behind one that nothing follows, likewise.
+        after: what comes behind that.
     """
 
-    stop: str | None
-    stop_follows: bool
-    rewrites: bool
-    lead_in: str
+    stop: str | None = None
+    stop_follows: bool = False
+    rewrites: bool = True
+    lead_in: str = ""
+    closing: str = ""
+    ending: str = ""
+    after: str = ""
 
 
 class Tokens:
@@ -63,18 +68,34 @@ class Tokens:
 
     def at_start(self, text: str) -> list[str]:
         """The tokens that a text begins with, white space between them passed over."""
-        tokens, place = [], 0
-        while found := self._one.match(text, place):
-            tokens.append(found.group(1))
-            place = found.end()
+        return [token for token, _ in self.following(text, 0)]
+
+    def following(self, text: str, start: int) -> list[tuple[str, int]]:
+        """The tokens that follow start, white space passed over, and where each ends."""
+        tokens = []
+        while found := self._one.match(text, start):
+            start = found.end()
+            tokens.append((found.group(1), start))
         return tokens
 
-    def end_of(self, token: str | None, text: str, start: int) -> int | None:
-        """Where a token ends that, behind white space and other tokens, follows start."""
-        while token and (found := self._one.match(text, start)):
-            start = found.end()
-            if found.group(1) == token:
-                return start
+    def end_of(self, token: str | None, text: str, start: int, closing: str = "") -> int | None:
+        """Where a token ends that follows start behind nothing, or what stands in closing.
+
+        Args:
+            token: looked for.
+            text: where.
+            start: from where on.
+            closing: what stands behind plain answers: a text that is passed over where it is
+                there as a whole, and so are its tokens, with white space between them.
+        """
+        if token and closing.endswith(token) and text.startswith(closing, start):
+            return start + len(closing)
+        passed = self.at_start(closing)
+        for found, end in self.following(text, start):
+            if found == token:
+                return end
+            if found not in passed:
+                return None
         return None
 
     def before_last(self, text: str, start: int) -> int:
@@ -101,7 +122,13 @@ class Tokens:
 
 
 def find_habits(
-    template: Template, tokens: Tokens, chosen: Sequence[str], eos: str | None, *, has_tools: bool
+    template: Template,
+    tokens: Tokens,
+    chosen: Sequence[str],
+    eos: str | None,
+    *,
+    has_tools: bool,
+    has_system: bool,
 ) -> Habits:
     """Renders one exchange and two: what ends answers, and does the second change the first?
 
@@ -112,45 +139,69 @@ def find_habits(
         eos: of its tokenizer.
         has_tools: whether for chats with tools, for which a tokenizer may have a template
             of its own.
+        has_system: whether for chats that begin with a system message, which some templates
+            require, and others move.
     """
-    exchange = ({"role": "user", "content": ASK}, {"role": "assistant", "content": REPLY})
-    chat = Chat(exchange * 2, (_TOOL,) if has_tools else None, "the chat template")
+    system = {"role": "system", "content": _RULE}
+    answer = {"role": "assistant", "content": REPLY}
+    ask, again = ({"role": "user", "content": text} for text in (ASK, _ASK_AGAIN))
+    messages = (*([system] if has_system else []), ask, answer, again, answer)
+    second = len(messages) - 1
+    first = second - 2
+    chat = Chat(messages, (TOOL,) if has_tools else None, "the chat template")
     try:
-        alone = template.contents(chat.up_to(2), [1])
-        both = template.contents(chat, [1, 3])
+        alone = template.contents(chat.up_to(first + 1), [first])
+        both = template.contents(chat, [first, second])
     except BadRow:
         alone = both = None
     if alone is None:
-        return Habits(None, False, True, "")
+        return Habits()
     text, places = alone
-    start, end = places[1]
+    start, end = places[first]
     start = before_spaces(text, start)
-    lead_in = text[_fork(template, tokens, chat.up_to(2), text[:start]) : start]
-    last = tokens.at_start(text[end:])
-    if both is None:
-        return Habits(_stop([], last, chosen, eos), False, True, lead_in)
-    longer, places = both
-    middle = tokens.at_start(longer[places[1][1] : places[3][0]])
-    rewrites = longer[: places[1][1]] != text[:end]
-    stop = _stop(middle, last, chosen, eos)
-    return Habits(stop, bool(middle) and not last, rewrites, lead_in)
+    lead_in = text[_fork(template, tokens, chat.up_to(first + 1), text[:start]) : start]
+    rest, gap, rewrites = text[end:], "", True
+    if both is not None:
+        longer, places = both
+        gap = longer[places[first][1] : places[second][0]].partition(_ASK_AGAIN)[0]
+        rewrites = longer[: places[first][1]] != text[:end]
+    stop = _stop(gap, rest, tokens, chosen, eos)
+    ending = _through(stop, rest)
+    return Habits(
+        stop,
+        stop_follows=bool(tokens.at_start(gap)) and not tokens.at_start(rest),
+        rewrites=rewrites,
+        lead_in=lead_in,
+        closing=_through(stop, gap),
+        ending=ending,
+        after=rest[len(ending) :] if ending else "",
+    )
 
 
-def _stop(middle: list[str], last: list[str], chosen: Sequence[str], eos: str | None) -> str | None:
-    """Tells what ends answers from the tokens behind one in the middle and behind the last.
+def _through(stop: str | None, text: str) -> str:
+    """A text up to the end of the stop token; "" where it has none."""
+    before, found, _ = text.partition(stop) if stop else ("", "", "")
+    return before + found if found else ""
+
+
+def _stop(
+    gap: str, rest: str, tokens: Tokens, chosen: Sequence[str], eos: str | None
+) -> str | None:
+    """Tells what ends answers from the text behind one in the middle and behind the last.
 
     Phi-3      <|end|> <|user|>    <|end|> <|endoftext|>   both end in <|end|>
     Cohere2    <|END_RESPONSE|> <|END_OF_TURN_TOKEN|>      the second of two
     GLM-4      <|user|>            nothing                 <|user|>, added at the end
     gpt-oss    <|end|>             <|return|>              <|return|>, each as the last
     """
+    middle, last = tokens.at_start(gap), tokens.at_start(rest)
     if chosen:
-        return next((token for token in last if token in chosen), chosen[0])
+        return min((token for token in chosen if token in rest), key=rest.find, default=chosen[0])
+    if eos and eos in gap and eos in rest:
+        return eos
     pairs = itertools.takewhile(lambda two: two[0] == two[1], zip(middle, last, strict=False))
     shared = [token for token, _ in pairs]
-    if shared:
-        return eos if eos in shared else shared[-1]
-    return next(iter([*last, *middle]), None)
+    return next(iter([*shared[-1:], *last, *middle]), None)
 
 
 def _fork(template: Template, tokens: Tokens, chat: Chat, before: str) -> int:
@@ -166,17 +217,19 @@ def _fork(template: Template, tokens: Tokens, chat: Chat, before: str) -> int:
         before: what the template writes in front of that answer.
 
     Returns:
-        The length of what before has in common with the generation prompt; where the
-        template has none, with what stands before an answer that thinks, and a tool call.
+        The length of what before has in common with the generation prompt, and with tools at
+        hand with what stands before a call; where the template has no generation prompt, with
+        what stands before a call and an answer that thinks.
     """
     asked = chat.up_to(len(chat.messages) - 1)
     bare, prompt = (template.try_render(asked, prompts=prompts) for prompts in (False, True))
-    others = [prompt]
+    others = [_CALLING] if chat.tools is not None else []
     if prompt == bare:
-        others = [template.try_render(chat.with_last(other)) for other in _OTHER_ANSWERS]
+        others = [_CALLING, _THINKING]
+    others = [prompt, *(template.try_render(chat.with_last(other)) for other in others)]
     start = len(before)
     for other in others:
-        if other is not None and other.startswith(bare or ""):
+        if other is not None and other != bare and other.startswith(bare or ""):
             start = min(start, tokens.common(before, other))
     return before_spaces(before, start)
 

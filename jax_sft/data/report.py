@@ -39,6 +39,8 @@ NOTES = {
     "added_stops": "answers were given an EOS, since the template writes no stop token",
     "examples_with_reasoning": "examples think before they answer",
     "unrendered_reasoning": "answers have reasoning that the template leaves out",
+    "left_out_messages": "messages before answers are left out by the chat template",
+    "left_out_tools": "conversations have tools that the chat template leaves out",
 }
 
 
@@ -113,6 +115,8 @@ def data_report(
         "added_stops": counts.added_stops,
         "examples_with_reasoning": counts.examples_with_reasoning,
         "unrendered_reasoning": counts.unrendered_reasoning,
+        "left_out_messages": counts.left_out_messages,
+        "left_out_tools": counts.left_out_tools,
     }
     if plan is not None:
         report["rows"] = plan.num_rows

@@ -137,7 +137,9 @@ def find_source(source: str, *, format: str | None = None) -> Place:
     by_name = _FORMATS.get(suffixes[-1]) if suffixes else None
     if not path.exists() and "://" not in source:
         if glob.has_magic(source):
-            raise ValueError(f"{source}: patterns are not read; pass the folder, or a list of files")
+            raise ValueError(
+                f"{source}: patterns are not read; pass the folder, or a list of files"
+            )
         if by_name or format or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise ValueError(f"{source}: no such file; pass {others}")
         return Place("hub", source)

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-THINK_END = "</think>"
+THINK, THINK_END = "<think>", "</think>"
 _PRIVATE_USE = (range(0xE000, 0xF8FF), range(0xF0000, 0xFFFFD))
+# One thought in tags, and an answer behind it that has none.
+# What may stand in front of a plain answer: an empty thought, its end alone, a thought's start.
+_EMPTY_THOUGHT = re.compile(r"(?:<think>\s*)?</think>\s*\Z")
+_OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
+_UNTAGGED = r"((?:(?!</?think>).)*)"
+_TAGGED = re.compile(rf"\s*<think>{_UNTAGGED}</think>{_UNTAGGED}", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -128,7 +134,7 @@ class Template:
         return before, behind
 
     def keeps_last(self, chat: Chat, text: str) -> tuple[bool, int | None]:
-        """Whether the last message's reasoning and answer are rendered, each once.
+        """Whether the last message's reasoning and answer are rendered, each once, and its calls.
 
         Returns:
             That, and where its answer ends in text, which renders the chat; None where that
@@ -137,12 +143,52 @@ class Template:
         mark = next(_unused(chat, text))
         message, num_marks = _marked(chat.messages[-1], mark)
         marked = self.try_render(chat.with_last(message)) if num_marks else text
-        if marked is None or marked.count(mark) != num_marks:
+        if marked is None or marked.count(mark) != num_marks or not self._keeps_calls(chat, text):
             return False, None
         ends = message["content"].endswith(mark) and not has_calls(message)
         if not ends or marked.replace(mark, "") != text:
             return True, None
         return True, marked.rfind(mark) - (num_marks - 1)
+
+    def _keeps_calls(self, chat: Chat, text: str) -> bool:
+        """Whether the name of each call of the last message is rendered, and its arguments."""
+        message = chat.messages[-1]
+        marks = list(itertools.islice(_unused(chat, text), 2 * len(call_names(message))))
+        calls = [
+            _marked_call(call, *marks[2 * i : 2 * i + 2])
+            for i, call in enumerate(message.get("tool_calls") or ())
+        ]
+        marked = (
+            self.try_render(chat.with_last({**message, "tool_calls": calls})) if calls else text
+        )
+        if marked is None:  # it looks at the names
+            return all(name in text for name in call_names(message))
+        used = [mark for mark in marks if mark in json.dumps(calls, ensure_ascii=False)]
+        return all(mark in marked or json.dumps(mark)[1:-1] in marked for mark in used)
+
+    def left_out(self, chat: Chat, text: str) -> list[dict[str, Any]]:
+        """The messages that are no answers and whose contents are not in text, which renders it."""
+        absent = [
+            index
+            for index, message in enumerate(chat.messages)
+            if message["role"] != "assistant" and message["content"].strip() not in text
+        ]
+        if not absent:
+            return []
+        # Some that are there are not as they were, such as results of tools as JSON.
+        marks = dict(zip(absent, _unused(chat, text), strict=False))
+        messages = [
+            {**message, "content": message["content"] + marks.get(index, "")}
+            for index, message in enumerate(chat.messages)
+        ]
+        marked = self.try_render(chat._replace(messages=tuple(messages)))
+        if marked is None:
+            return []
+        return [
+            chat.messages[index]
+            for index, mark in marks.items()
+            if mark not in marked and json.dumps(mark)[1:-1] not in marked
+        ]
 
     def marks_answers(self, chat: Chat) -> bool:
         """Whether the template says by {% generation %} what an assistant writes."""
@@ -150,6 +196,14 @@ class Template:
 
     def marked_answers(self, chat: Chat, text: str) -> list[tuple[int, int]]:
         """Where {% generation %} blocks begin and end in text, which renders the chat."""
+        try:
+            marked, places = self._apply_marked(chat)
+        except Exception:  # as in render
+            as_text = _with_text_arguments(chat)
+            return [] if as_text is None else self.marked_answers(as_text, text)
+        return places if marked == text else []
+
+    def _apply_marked(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         [marked], [places] = render_jinja_template(
@@ -159,7 +213,7 @@ class Template:
             return_assistant_tokens_mask=True,
             **{**self._tokenizer.special_tokens_map, **self._kwargs},
         )
-        return places if marked == text else []
+        return marked, places
 
 
 def has_calls(message: Mapping[str, Any]) -> bool:
@@ -193,8 +247,31 @@ def with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     reasoning = field_reasoning(message).strip()
     if not reasoning:
         return plain
-    content = f"<think>\n{reasoning}\n{THINK_END}\n\n{message['content']}"
+    content = f"{THINK}\n{reasoning}\n{THINK_END}\n\n{message['content']}"
     return {**plain, "content": content.strip()}
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text ends in the start of a thought."""
+    return _OPEN_THOUGHT.search(text) is not None
+
+
+def before_thought(before: str) -> str:
+    """A text without an empty thought at its end, or the start of one."""
+    found = _EMPTY_THOUGHT.search(before)
+    if found and (THINK in found.group() or before.count(THINK_END) > before.count(THINK)):
+        before = before[: found.start()]
+    return _OPEN_THOUGHT.sub("", before)
+
+
+def in_field(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An answer with its reasoning, in a field or in <think> tags, in a field of this name."""
+    plain = {key: value for key, value in message.items() if key not in REASONING_FIELDS}
+    tagged = _TAGGED.fullmatch(message["content"])
+    reasoning = field_reasoning(message)
+    if not reasoning and tagged and tagged.group(1).strip():
+        reasoning, plain["content"] = (text.strip() for text in tagged.groups())
+    return {**plain, name: reasoning} if reasoning else dict(message)
 
 
 def _marked(message: Mapping[str, Any], mark: str) -> tuple[dict[str, Any], int]:
@@ -205,12 +282,27 @@ def _marked(message: Mapping[str, Any], mark: str) -> tuple[dict[str, Any], int]
             marked[name] = message[name].rstrip() + mark
     thought, think_end, answer = message["content"].rpartition(THINK_END)
     pieces = [thought.rstrip(), thought[len(thought.rstrip()) :] + think_end, answer]
-    has_thought = bool(thought.replace("<think>", "").strip())
+    has_thought = bool(thought.replace(THINK, "").strip())
     pieces[0] += mark * has_thought
     pieces[2] += mark * bool(answer.strip())
     marked["content"] = "".join(pieces)
     num_marks = has_thought + bool(answer.strip()) + bool(field_reasoning(message))
     return marked, num_marks
+
+
+def _marked_call(call: Any, name_mark: str, value_mark: str) -> dict[str, Any]:
+    """A call with a mark behind its name, and one behind each of its arguments that is a text."""
+    function = dict(_function(call))
+    function["name"] = f"{function.get('name', '')}{name_mark}"
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        function["arguments"] = arguments + value_mark
+    elif isinstance(arguments, Mapping):
+        function["arguments"] = {
+            key: value + value_mark if isinstance(value, str) else value
+            for key, value in arguments.items()
+        }
+    return {**call, "function": function} if "function" in call else function
 
 
 def _unused(chat: Chat, text: str) -> Iterator[str]:

@@ -232,6 +232,8 @@ class _Block:
             self.counts.unrolled += len(rendered.sequences) > 1
             self.counts.added_stops += rendered.num_added_stops
             self.counts.unrendered_reasoning += rendered.num_unrendered
+            self.counts.left_out_messages += rendered.num_left_out
+            self.counts.left_out_tools += rendered.leaves_out_tools
             for sequence in rendered.sequences:
                 self.counts.examples_with_reasoning += sequence.reasons
                 ends = [False] * len(sequence.turns)
@@ -293,9 +295,10 @@ class _Block:
             weights = np.repeat(np.float32(turn_weights), [len(piece) for piece in pieces])
             stops = [stop for stop in sequence.stops if stop is not None]
             self.counts.retokenized_boundaries += dialogue.retokenized
-            self._ids.setdefault(sequence.row, []).append(
-                _Ids(ids, ids, weights, len(dialogue.bos_ids), stops)
-            )
+            # A chat template writes its BOS itself.
+            is_bos = len(ids) and ids[0] == self._tokenizer.bos_token_id and not weights[0]
+            num_bos = len(dialogue.bos_ids) or int(is_bos)
+            self._ids.setdefault(sequence.row, []).append(_Ids(ids, ids, weights, num_bos, stops))
 
     def _check_ids(self, row: TokenRow, origin: str) -> None:
         largest, size = int(max(row.ids_T.max(), row.targets_T.max())), len(self._tokenizer)

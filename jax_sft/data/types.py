@@ -404,6 +404,9 @@ class Counts:
         examples_with_reasoning: examples whose answers think before they answer.
         unrendered_reasoning: answers whose reasoning the template leaves out, so that it
             was put where a plain answer stands.
+        left_out_messages: messages that are no answers, of conversations whose template
+            leaves them out.
+        left_out_tools: conversations whose template leaves out their tools.
     """
 
     rows_read: int = 0
@@ -423,6 +426,8 @@ class Counts:
     added_stops: int = 0
     examples_with_reasoning: int = 0
     unrendered_reasoning: int = 0
+    left_out_messages: int = 0
+    left_out_tools: int = 0
 
     def drop(self, reason: str, num_rows: int = 1, *, problem: str | None = None) -> None:
         """Counts rows as read and dropped for a reason; remembers the first few problems."""
