@@ -27,7 +27,7 @@ from jax_sft.data.tokenization import (
     encode_prompt,
     prompt_difference,
 )
-from jax_sft.data.tokenizer import load_tokenizer
+from jax_sft.data.tokenizer import has_tokenizer, load_tokenizer
 from jax_sft.data.types import (
     Conversation,
     Counts,
@@ -191,7 +191,7 @@ def find_tokenizer(
 def _tokenizer_home(model_path: str) -> str | Path:
     """An adapter's folder may have no tokenizer: then its base model's is meant."""
     folder = Path(model_path)
-    if is_adapter_folder(folder) and not (folder / "tokenizer_config.json").is_file():
+    if is_adapter_folder(folder) and not has_tokenizer(folder):
         return base_model(folder)
     return model_path
 

@@ -123,7 +123,7 @@ def generate_ids(
         prompts: non-empty lists of token ids.
         sampling: how tokens are chosen.
         stop_ids: tokens that end an answer; the one that did is the answer's last.
-        seed: base of the draws.
+        seed: base of the draws, in [0, 2**32).
         num_batch_shards: devices that rows are split over.
         should_stop: tells from an answer's ids whether it has ended.
 
@@ -131,9 +131,11 @@ def generate_ids(
         The answers' ids, in the order of the prompts.
 
     Raises:
-        ValueError: as `check_prompts`.
+        ValueError: as `check_prompts`, or the seed is out of its range.
     """
     check_prompts(prompts, config=decoder.config, max_new_tokens=sampling.max_new_tokens)
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number in [0, 2**32)")
     answers = []
     for start in range(0, len(prompts), MAX_ROWS):
         rows = prompts[start : start + MAX_ROWS]
@@ -145,7 +147,7 @@ def generate_ids(
             decoder,
             params,
             row_ids_B,
-            seed,
+            np.uint32(seed),
             sampling=sampling,
             stop_ids=tuple(int(i) for i in stop_ids),
         )
@@ -196,7 +198,7 @@ def compile_sampler(
         decoder,
         params,
         ints_B,
-        0,
+        np.uint32(0),
         state,
         ints_B,
         np.int32(0),

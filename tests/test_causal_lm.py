@@ -72,6 +72,22 @@ def test_what_the_model_has_no_row_for_is_refused():
         model([1, 2])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([[]],), "tokens_BT is of float64: pass whole"),
+        ((np.zeros((1, 0), int),), r"tokens_BT has shape \[1, 0\]: pass"),
+        (([[1.7, 2.2]],), "tokens_BT is of float64: pass whole numbers"),
+        (([[1, 2]], [[0, 0.5]]), "positions_BT is of float64: pass whole numbers"),
+        (([[1, 2]], [0, 1]), r"positions_BT has shape \(2,\): pass that of tokens_BT, \(1, 2\)"),
+        (([[1, 2]], None, [[1]]), r"segment_ids_BT has shape \(1, 1\): pass that of tokens_BT"),
+    ],
+)
+def test_arrays_that_are_no_rows_of_ids_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_gpt2()(*given)
+
+
 def test_dropout_of_pre_training_is_off_unless_asked_for():
     assert not tiny_gpt2().training_decoder.numerics.dropout
     config = tiny_gpt2(attn_pdrop=0.2).decoder.config
@@ -94,6 +110,7 @@ def test_generate_is_text_to_text_and_keeps_to_its_seed(speaker):
     assert len(got) == 2 and all(isinstance(text, str) for text in got)
     assert speaker.generate(["ab", "c"], seed=1, **kwargs) == got
     assert speaker.generate(["ab", "c"], seed=2, **kwargs) != got
+    assert speaker.generate(["ab"], seed=2**32 - 1, stop_sequences=None, **kwargs)
 
 
 def test_stop_sequences_end_an_output_and_are_cut_off(speaker):
@@ -119,6 +136,9 @@ def test_a_special_token_may_be_a_stop_sequence(speaker):
         ("ab", {}, "prompts is the string 'ab': pass a list of strings"),
         (["ab"], dict(max_tokens=3), "gen_kwargs has no 'max_tokens': choose among"),
         (["a" * 64], {}, r"prompts\[0\] has 64 tokens, and with max_new_tokens=40 exceeds"),
+        (["ab"], dict(stop_sequences=5), "stop_sequences is 5; pass a list of str"),
+        (["ab"], dict(seed=2**32), r"seed=4294967296 must be a whole number in \[0, 2\*\*32\)"),
+        (["ab"], dict(seed=1.5), "seed=1.5 must be a whole number"),
     ],
 )
 def test_bad_prompts_and_arguments_are_named(speaker, prompts, kwargs, message):
@@ -161,6 +181,45 @@ def test_a_field_that_its_class_refuses_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+ROTARY = dict(FIELDS, model_type="llama", hidden_size=32, intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stated"),
+    [
+        (ROTARY | dict(rope_theta=5e5), dict(rope_theta=5e5)),
+        (ROTARY | dict(rope_scaling=dict(rope_type="linear", factor=2.0)), dict(factor=2.0)),
+    ],
+)
+def test_older_names_of_rotary_fields_are_as_in_a_config_file(fields, stated, tmp_path):
+    """Classes keep them in rope_parameters, and read them from files under their own names."""
+    fields = {name: value for name, value in fields.items() if not name.startswith("n_")}
+    fields |= dict(num_hidden_layers=1, num_attention_heads=4)
+    new = CausalLM.open(None, fields=fields, placement=ONE)
+    assert new.config.rope_parameters.items() >= stated.items()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    read = CausalLM.open(tmp_path, placement=ONE)
+    assert read.decoder.config == new.decoder.config
+    changed = {name: value for name, value in fields.items() if name.startswith("rope_")}
+    (tmp_path / "config.json").write_text(json.dumps(fields | dict.fromkeys(changed)))
+    loaded = CausalLM.open(tmp_path, fields=changed, placement=ONE)
+    assert loaded.decoder.config == new.decoder.config
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        (dict(model_type="bloom", n_layer=1, seq_length=99), dict(num_positions=99)),
+        (dict(model_type="qwen3_moe", num_hidden_layers=1, head_dim=24), dict(head_width=24)),
+        (dict(model_type="codegen", n_layer=1, n_embd=32, n_head=4, rotary_dim=4), {}),
+    ],
+)
+def test_fields_that_a_class_does_not_keep_are_read_all_the_same(fields, sizes):
+    model = CausalLM.open(None, fields=fields, tokenizer=packaged_bytes(), placement=ONE)
+    read = dataclasses.asdict(model.decoder.config)
+    assert read.items() >= (sizes | dict(vocab_size=len(packaged_bytes()))).items()
+
+
 def test_more_unfrozen_layers_than_there_are():
     with pytest.raises(ValueError, match="num_layers_unfrozen=3, but the model has 2 layers"):
         tiny_gpt2(placement={"num_layers_unfrozen": 3})
@@ -174,10 +233,34 @@ def test_a_saved_model_is_opened_with_its_tokenizer_and_changed_fields(speaker, 
     assert opened.tokenizer is not None
     kwargs = dict(max_new_tokens=6, do_sample=False)
     assert opened.generate(["ab"], **kwargs) == speaker.generate(["ab"], **kwargs)
+    (tmp_path / "tokenizer_config.json").unlink()  # tokenizer.json is enough for transformers
+    assert CausalLM.open(tmp_path, placement=ONE).tokenizer is not None
     changed = CausalLM.open(tmp_path, fields=dict(resid_pdrop=0.5), placement=ONE)
     assert changed.decoder.config.residual_dropout == 0.5
     with pytest.raises(ValueError, match="model_type is 'llama', but the model in model_path"):
         CausalLM.open(tmp_path, fields=dict(model_type="llama"), placement=ONE)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no JSON", "generation_config.json cannot be read"),
+        ("[]", "generation_config.json cannot be read"),
+        ('{"eos_token_id": "2"}', "generation_config.json has eos_token_id '2'; write an id"),
+    ],
+)
+def test_a_damaged_generation_config_is_one_line(text, message, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        CausalLM.open(tmp_path, placement=ONE)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_named(path):
+    with pytest.raises(ValueError, match=f"path is {path}: pass a model's folder"):
+        CausalLM.from_pretrained(path)
 
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)

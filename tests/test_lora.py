@@ -219,6 +219,9 @@ def test_joined_is_what_was_split():
     [
         (dict(target_modules=["wq"]), "target_modules=.'wq'. means no layer .*'q_proj'"),
         (dict(target_modules=r".*layers\.0\..*q_proj"), "in some layers only"),
+        (dict(target_modules=r".*(q_proj|lm_head)"), r"means lm_head too, for which adapters are"),
+        (dict(target_modules=r".*(v_proj|tokens)"), r"means model\.embed_tokens too, for which"),
+        (dict(use_dora="yes"), "use_dora='yes' must be True or False"),
         (dict(exclude_modules="all-linear"), "means no layer"),
         (
             dict(target_modules=["q_proj", "lm_head"]),
@@ -266,6 +269,16 @@ def test_a_damaged_adapter_is_refused(damage, message, whole, tmp_path):
     damage(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         CausalLM.from_pretrained(tmp_path / "adapter", placement=placed())
+
+
+def test_how_an_adapter_was_drawn_matters_where_it_changed_the_base(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "adapter")
+    for drawn in (False, "gaussian", "orthogonal"):
+        edit(tmp_path / "adapter", init_lora_weights=drawn)
+        assert CausalLM.open(tmp_path / "adapter", placement=placed()).adapters is not None
+    edit(tmp_path / "adapter", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' must be True or 'gaussian'"):
+        CausalLM.open(tmp_path / "adapter", placement=placed())
 
 
 @pytest.fixture(scope="module")

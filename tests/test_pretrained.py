@@ -193,13 +193,14 @@ def test_import_on_any_mesh(tmp_path, mesh_sizes, num_frozen_layers):
     assert_fits(params, tensors, num_frozen_layers=num_frozen_layers)
 
 
-@pytest.mark.parametrize("source", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("source", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("target", [jnp.float32, jnp.bfloat16])
 def test_import_casts_and_remembers_dtypes(tmp_path, source, target):
-    tensors = make_tensors(dtype=jnp.dtype(source))
+    tensors = make_tensors(dtype=np.dtype(source))
     params, dtypes, *_ = load(write_folder(tmp_path, tensors), dtype=target)
     assert_fits(params, tensors)
-    assert dtypes == dict.fromkeys(tensors, source)
+    # Nothing here holds what float64 does, and an export does not pretend to.
+    assert dtypes == dict.fromkeys(tensors, "float32" if source == "float64" else source)
 
 
 def test_import_from_shards(tmp_path):

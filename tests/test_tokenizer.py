@@ -5,7 +5,7 @@ import json
 import pytest
 import sentencepiece
 from small_tokenizers import BYTE_TOKENIZER
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from jax_sft.data.tokenizer import load_tokenizer
 
@@ -38,6 +38,13 @@ def test_a_missing_tokenizer_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="truncation_side is 'up'"):
         load_tokenizer(BYTE_TOKENIZER, truncation_side="up")
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gpt2", "qwen2", "xglm"])
+def test_what_transformers_makes_of_a_config_alone_is_no_tokenizer(model_type, tmp_path):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its tokenizer has no tokens but special ones; pass a"):
+        load_tokenizer(tmp_path)
 
 
 def test_code_beside_a_tokenizer_is_neither_run_nor_asked_for(tmp_path, monkeypatch):

@@ -583,6 +583,8 @@ def check_stop_sequences(stop_sequences: Sequence[str]) -> None:
         raise ValueError(
             f"stop_sequences is the str {stop_sequences!r}; pass a list: [{stop_sequences!r}]"
         )
+    if not isinstance(stop_sequences, Sequence):
+        raise ValueError(f"stop_sequences is {stop_sequences!r}; pass a list of str")
     for index, stop in enumerate(stop_sequences):
         if not isinstance(stop, str) or not stop:
             raise ValueError(

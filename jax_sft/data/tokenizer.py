@@ -11,6 +11,12 @@ from jax_sft.data.encoding import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Those of transformers that say what tokens there are, or how they are used.
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
+)
+
 
 def load_tokenizer(
     path: str | Path,
@@ -40,12 +46,25 @@ def load_tokenizer(
             f"tokenizer_path {str(path)!r}: no tokenizer could be loaded ({reason}); pass a folder "
             "that holds tokenizer.json, or a hub name with the network reachable"
         ) from error
+    if len(tokenizer) == len(
+        {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
+    ):
+        # What transformers makes of a model's config where there are no files of a tokenizer.
+        raise ValueError(
+            f"tokenizer_path {str(path)!r}: its tokenizer has no tokens but special ones; pass a "
+            "folder that holds tokenizer.json, or a hub name of one"
+        )
     if truncation_side not in ("left", "right"):
         raise ValueError(f"truncation_side is {truncation_side!r}; choose one of 'left', 'right'")
     tokenizer.truncation_side = truncation_side
     if chat_template is not None:
         tokenizer.chat_template = _read_chat_template(chat_template)
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, whole or in part."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -20,6 +20,9 @@ from jax_sft.model.pretrained import by_path, gather_tensor, in_file_order
 from jax_sft.model.types import DecoderConfig, Family
 from jax_sft.model.weight_files import INDEX_FILE, SINGLE_FILE, TensorSpec
 
+# Ways to draw an adapter that leave its base model as it is; others change that.
+_DRAWN = (False, "gaussian", "orthogonal", "eva")
+
 
 def is_adapter_folder(folder: Path) -> bool:
     """Tells whether a folder holds an adapter, and not a whole model."""
@@ -28,7 +31,7 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Returns the fields of adapter_config.json.
+    """Returns the fields of adapter_config.json; how its weights were drawn matters no more.
 
     Raises:
         ValueError: it is no JSON object.
@@ -40,6 +43,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); copy or download it again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds no JSON object; copy or download it again")
+    if fields.get("init_lora_weights") in _DRAWN:
+        fields["init_lora_weights"] = True
     return fields
 
 

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from jax_sft import sampler, sharding
 from jax_sft.data.samples import load_eval_prompts
 from jax_sft.data.tokenization import check_stop_sequences, decode_outputs, prompt_ids
-from jax_sft.data.tokenizer import load_tokenizer, special_stop_ids, token_id
+from jax_sft.data.tokenizer import has_tokenizer, load_tokenizer, special_stop_ids, token_id
 from jax_sft.model import adapter_files, lora, pretrained
 from jax_sft.model.config_fields import new_config, set_fields
 from jax_sft.model.decoder import Decoder, init_params, logical_axes, logits
@@ -118,6 +118,8 @@ class CausalLM:
         Raises:
             ValueError: the folder, a tensor or an option is missing or not as expected.
         """
+        if not isinstance(path, str | Path):
+            raise ValueError(f"path is {path!r}: pass a model's folder, or a hub name")
         asked = {"dtype": dtype, "param_dtype": param_dtype}
         changes = {name: value for name, value in asked.items() if value is not None}
         placement = dataclasses.replace(placement or Placement(), **changes)
@@ -170,11 +172,11 @@ class CausalLM:
         config = pretrained.read_config(folder)
         set_fields(config, fields)
         for place in (adapter_folder, folder):  # an adapter may have added to the tokenizer
-            if tokenizer is None and place and (place / "tokenizer_config.json").is_file():
+            if tokenizer is None and place and has_tokenizer(place):
                 tokenizer = load_tokenizer(place)
         generation_config = None
         if (folder / "generation_config.json").is_file():
-            generation_config = GenerationConfig.from_pretrained(folder)
+            generation_config = pretrained.read_generation_config(folder)
         model = cls(
             config,
             tokenizer=tokenizer,
@@ -309,50 +311,36 @@ class CausalLM:
             logits_BTV, float32.
 
         Raises:
-            ValueError: an id outside the vocabulary, or a position that the model has not.
+            ValueError: no whole numbers, arrays of other shapes, an id outside the vocabulary, or
+                a position that the model has not.
         """
-        self._check_call(tokens_BT, positions_BT)
-        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        tokens_BT = _integers("tokens_BT", tokens_BT)
+        if len(tokens_BT.shape) != 2 or not tokens_BT.size:
+            raise ValueError(f"tokens_BT has shape {list(tokens_BT.shape)}: pass [rows, tokens]")
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+            T = tokens_BT.shape[1]
+            positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32)[None], tokens_BT.shape)
         if segment_ids_BT is None:
-            segment_ids_BT = jnp.ones_like(tokens_BT)
+            segment_ids_BT = np.ones(tokens_BT.shape, np.int32)
+        positions_BT = _integers("positions_BT", positions_BT, shape=tokens_BT.shape)
+        segment_ids_BT = _integers("segment_ids_BT", segment_ids_BT, shape=tokens_BT.shape)
+        _check_range("token id", tokens_BT, self.decoder.config.vocab_size)
+        _check_range("position", positions_BT, self.decoder.config.num_positions)
         with jax.set_mesh(self.mesh):
             logits_BTV = _logits(
                 self.decoder,
                 self.params,
-                tokens_BT,
+                jnp.asarray(tokens_BT, jnp.int32),
                 jnp.asarray(positions_BT, jnp.int32),
                 jnp.asarray(segment_ids_BT, jnp.int32),
             )
         return logits_BTV[..., : self.decoder.config.vocab_size]
 
-    def _check_call(self, tokens_BT: Any, positions_BT: Any | None) -> None:
-        """Refuses what JAX would clamp; what is on the devices is not brought back for it."""
-        shape = np.shape(tokens_BT)
-        if len(shape) != 2:
-            raise ValueError(f"tokens_BT has shape {list(shape)}: pass [rows, tokens]")
-        c = self.decoder.config
-        last = shape[1] - 1 if positions_BT is None else 0
-        checked = [
-            ("position", last, c.num_positions),
-            ("token id", tokens_BT, c.vocab_size),
-            ("position", 0 if positions_BT is None else positions_BT, c.num_positions),
-        ]
-        for what, values, end in checked:
-            if isinstance(values, jax.Array) or not np.size(values):
-                continue
-            for value in (int(np.min(values)), int(np.max(values))):
-                if not 0 <= value < end and shape[1]:
-                    raise ValueError(
-                        f"{what} {value} is outside the model's range: it has {end}, from 0"
-                    )
-
     def generate(
         self,
         prompts: Sequence[str | Sequence],
         *,
-        stop_sequences: Sequence[str] = (),
+        stop_sequences: Sequence[str] | None = (),
         seed: int = 0,
         add_bos: bool | None = None,
         add_eos: bool | str = True,
@@ -364,7 +352,7 @@ class CausalLM:
             prompts: texts, [prompt, output, ..., prompt] texts, or conversations: lists of
                 messages, which the tokenizer's chat template renders.
             stop_sequences: strings that end an output; they are cut off.
-            seed: base of the draws; the same seed gives the same outputs.
+            seed: base of the draws, in [0, 2**32); the same seed gives the same outputs.
             add_bos: as in training (config.tokenizer.add_bos).
             add_eos: as in training (config.tokenizer.add_eos).
             **gen_kwargs: fields of `sampler.Sampling`, such as max_new_tokens=40.
@@ -384,7 +372,7 @@ class CausalLM:
             for prompt in load_eval_prompts(prompts)[0]
         ]
         return self.generate_from_ids(
-            ids, stop_sequences=stop_sequences, seed=seed, gen_kwargs=gen_kwargs
+            ids, stop_sequences=stop_sequences or (), seed=seed, gen_kwargs=gen_kwargs
         )
 
     def generate_from_ids(
@@ -480,6 +468,25 @@ class CausalLM:
         merge = functools.partial(lora.merge, adapters=self.adapters)
         with jax.set_mesh(self.mesh):
             return jax.jit(merge, out_shardings=shardings)(self.params)
+
+
+def _integers(name: str, values: Any, *, shape: tuple[int, ...] | None = None) -> Any:
+    """The values as an array, which stays on its devices if it is there; of a shape, if given."""
+    array = values if isinstance(values, jax.Array) else np.asarray(values)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} is of {array.dtype}: pass whole numbers")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}: pass that of tokens_BT, {shape}")
+    return array
+
+
+def _check_range(what: str, values: Any, end: int) -> None:
+    """Refuses what JAX would clamp; what is on the devices is not brought back for it."""
+    if isinstance(values, jax.Array):
+        return
+    for value in (int(values.min()), int(values.max())):
+        if not 0 <= value < end:
+            raise ValueError(f"{what} {value} is outside the model's range: it has {end}, from 0")
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

@@ -16,6 +16,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from jax_sft.model.families import find_family, read_config
 from jax_sft.model.types import DecoderConfig
 
+# Names that hub configs have for what classes now keep in rope_parameters.
+_ROTARY = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+
 
 def new_config(
     fields: dict[str, Any], *, tokenizer: PreTrainedTokenizerBase | None = None
@@ -29,17 +32,18 @@ def new_config(
     Raises:
         ValueError: a field or its value is not one of the class's.
     """
-    fields = _special_tokens(tokenizer) | fields
     model_type = fields["model_type"]
     try:
-        kind = type(AutoConfig.for_model(model_type))
+        default = AutoConfig.for_model(model_type)
     except ValueError:
         raise ValueError(
             f"model.config.model_type {model_type!r} is unknown to transformers: see its list"
         ) from None
-    _check_names(kind(), fields)
+    of_tokenizer = _special_tokens(tokenizer).items()
+    fields = {name: value for name, value in of_tokenizer if hasattr(default, name)} | fields
+    _check_names(default, fields)
     with _one_line_of_a_bad_field():
-        return kind(**{name: value for name, value in fields.items() if name != "model_type"})
+        return type(default)(**{k: v for k, v in fields.items() if k != "model_type"})
 
 
 def set_fields(config: PretrainedConfig, fields: dict[str, Any]) -> None:
@@ -58,12 +62,23 @@ def set_fields(config: PretrainedConfig, fields: dict[str, Any]) -> None:
             f"model.config.model_type is {fields['model_type']!r}, but the model in model_path "
             f"is {config.model_type!r}: leave it out, or set model.init='random'"
         )
-    old = {name: getattr(config, name) for name in fields}
+    old = {name: getattr(config, name, None) for name in fields}
     with _one_line_of_a_bad_field():
         for name, value in fields.items():
-            setattr(config, name, value)
+            setattr(config, *_as_kept(config, name, value))
     if fields:
         _check_changes(config, old)
+
+
+def _as_kept(config: PretrainedConfig, name: str, value: Any) -> tuple[str, Any]:
+    """A field and its value as the class keeps them: older names are parts of rope_parameters."""
+    rotary = getattr(config, "rope_parameters", None)
+    if name not in _ROTARY or not rotary or "rope_theta" not in rotary:
+        return name, value
+    if name != "rope_scaling":
+        return "rope_parameters", {**rotary, name: value}
+    kept = {part: rotary[part] for part in _ROTARY if part in rotary}
+    return "rope_parameters", {**kept, "rope_type": "default", **(value or {})}
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -107,6 +122,17 @@ def _read_again(config: PretrainedConfig) -> DecoderConfig | None:
         return None
 
 
+def _is_read(config: PretrainedConfig, name: str, value: Any) -> bool:
+    """Whether a field that the class does not keep is one that it, or its family, reads."""
+    if name in _ROTARY and hasattr(config, "rope_parameters"):
+        return True
+    try:
+        plain, other = (read_config(type(config)(**kwargs)) for kwargs in ({}, {name: value}))
+    except (ValueError, TypeError, StrictDataclassError):
+        return False
+    return plain != other
+
+
 @contextlib.contextmanager
 def _one_line_of_a_bad_field() -> Iterator[None]:
     try:
@@ -116,8 +142,8 @@ def _one_line_of_a_bad_field() -> Iterator[None]:
 
 
 def _check_names(config: PretrainedConfig, fields: dict[str, Any]) -> None:
-    for name in fields:
-        if not hasattr(config, name):
+    for name, value in fields.items():
+        if not hasattr(config, name) and not _is_read(config, name, value):
             raise ValueError(
                 f"model.config.{name} is no field of {type(config).__name__}: see its documentation"
             )

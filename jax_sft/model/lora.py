@@ -116,6 +116,8 @@ def check_peft_config(fields: Mapping[str, Any]) -> None:
         "init_lora_weights": (init in (True, "gaussian"), "True or 'gaussian'"),
         "target_modules": (_are_names(values["target_modules"]), _NAMES),
         "exclude_modules": (_are_names(values["exclude_modules"]), _NAMES),
+        "use_rslora": (isinstance(values["use_rslora"], bool), "True or False"),
+        "use_dora": (isinstance(values["use_dora"], bool), "True or False"),
     }
     for name, (good, expected) in checks.items():
         if not good:
@@ -150,6 +152,7 @@ def read_peft_config(
             targets.update(linears)
             shared.update(sorted(linears, key=_LINEARS.index)[1:])
     _check_all_mean_something(values["target_modules"], modules, num_layers)
+    _check_no_others(values["target_modules"], tensors)
     if not targets:
         short = sorted({module.rpartition(".")[2] for module in modules})
         raise ValueError(
@@ -169,8 +172,8 @@ def read_peft_config(
         targets=frozenset(targets),
         shared=frozenset(shared),
         dropout=float(values["lora_dropout"]),
-        rslora=bool(values["use_rslora"]),
-        dora=bool(values["use_dora"]),
+        rslora=values["use_rslora"],
+        dora=values["use_dora"],
         init_std=1 / values["r"] if values["init_lora_weights"] == "gaussian" else None,
     )
 
@@ -281,6 +284,25 @@ def _check_all_mean_something(wanted: Any, modules: Iterable[str], num_layers: i
         raise ValueError(
             f"peft_config.target_modules has {sorted(idle)}, which are no linear layers that"
             " adapters are built for: leave them out"
+        )
+
+
+def _check_no_others(wanted: Any, tensors: Sequence[Tensor]) -> None:
+    """An expression, too, may mean what PEFT adapts and we cannot: embeddings, and the head."""
+    if not isinstance(wanted, str) or wanted == "all-linear":
+        return
+    heads = {"lm_head", "embed_out"}  # a tied one is in no file
+    others = {
+        tensor.theirs.removesuffix(".weight")
+        for tensor in tensors
+        if any(path.startswith(("embed/", "head/")) for path in tensor.ours)
+        and not _linears(tensor)
+    }
+    meant = sorted(name for name in others | heads if re.fullmatch(wanted, name))
+    if meant:
+        raise ValueError(
+            f"peft_config.target_modules={wanted!r} means {', '.join(meant)} too, for which"
+            " adapters are not built: leave it out"
         )
 
 

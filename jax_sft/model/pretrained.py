@@ -98,6 +98,26 @@ def read_config(path: str | Path) -> Any:
         ) from None
 
 
+def read_generation_config(folder: Path) -> Any:
+    """Returns the `transformers` generation config of a folder that has one.
+
+    Raises:
+        ValueError: it cannot be read, or its stop tokens are no ids.
+    """
+    from transformers import GenerationConfig  # takes seconds
+
+    path = folder / "generation_config.json"
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({reason}); correct it, or remove it") from None
+    stops = config.eos_token_id
+    if not all(type(stop) is int for stop in (stops if isinstance(stops, list) else [stops or 0])):
+        raise ValueError(f"{path} has eos_token_id {stops!r}; write an id, or a list of ids")
+    return config
+
+
 def load_params(
     folder: Path,
     family: Family,
@@ -119,7 +139,8 @@ def load_params(
             programs and what the allocator keeps come to some 100 MiB more.
 
     Returns:
-        The parameters, and the checkpoint's dtype of each tensor by its `transformers` name.
+        The parameters, and the checkpoint's dtype of each tensor by its `transformers` name;
+        for float64, which no parameter has, float32.
 
     Raises:
         ValueError: no weights, a damaged file, or tensors that are missing, extra or of
@@ -136,6 +157,7 @@ def load_params(
                 reader = BlockReader(files, names, kind, part, first_layer, leaves[path].dtype)
                 params[path] = _place(reader, leaves[path], staging_bytes)
     dtypes = {theirs: files.specs[name].dtype for theirs, name in names.items()}
+    dtypes = {theirs: "float32" if d == "float64" else d for theirs, d in dtypes.items()}
     ordered = [params[path] for path in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), ordered), dtypes
 
