@@ -7,6 +7,7 @@ that was killed tells nothing: the others fail at their next exchange, or at the
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from jax_sft.together import wait_for_all
 _KEY = "jax_sft/failure"
 _POLL_SECONDS = 1.0
 FINISH_SECONDS = 60  # for what is being written when another process fails
-_LEAVE_SECONDS = 5  # for the others to have read why
+_LEAVE_SECONDS = 5  # for the others to read why
 _ECHO_SECONDS = 3  # for the process that failed to say so
 
 _duties: list[Callable[[], None]] = []
@@ -65,7 +66,7 @@ def end(code: int, text: str, *, is_echo: bool = False) -> NoReturn:
 
     Args:
         code: exit code, for this process and for those that it ends.
-        text: one line, or a traceback whose last line says most.
+        text: one line, or a traceback.
         is_echo: whether it may be another's failure that was met here, as an exchange that broke
             off. Then that one's reason is given, if it gives one soon.
     """
@@ -74,10 +75,20 @@ def end(code: int, text: str, *, is_echo: bool = False) -> NoReturn:
     if is_echo:
         _is_done.wait(_ECHO_SECONDS)  # the watch ends this process as soon as there is a reason
     _is_ending.acquire()  # never given back: the first reason is the one
-    failure = {"process": here.process_id, "code": code, "text": text.splitlines()[-1]}
+    failure = {"process": here.process_id, "code": code, "text": in_one_line(text)}
     with contextlib.suppress(RuntimeError):  # another was first, or process 0 is gone
         here.client.key_value_set(_KEY, json.dumps(failure))
     _exit(here, code, text)
+
+
+def in_one_line(text: str) -> str:
+    """What a traceback says behind its last frame: the error, on one line; a line as it is."""
+    lines = text.strip().splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith('  File "')]
+    behind = itertools.dropwhile(
+        lambda line: line.startswith("    "), lines[frames[-1] + 1 :] if frames else lines[-1:]
+    )
+    return " ".join(" ".join(behind).split())
 
 
 def _watch(here: World) -> None:
@@ -85,6 +96,8 @@ def _watch(here: World) -> None:
         failure = _read(here)
         if failure is not None and failure["process"] != here.process_id:
             _is_ending.acquire()
+            with contextlib.suppress(RuntimeError):
+                here.client.key_value_set(f"{_KEY}/read/{here.process_id}", "")
             _finish()
             _exit(here, failure["code"], _reason(failure))
 
@@ -122,8 +135,15 @@ def _exit(here: World, code: int, text: str) -> NoReturn:
 
 
 def _wait_for_others(here: World) -> None:
-    last = time.monotonic() + _LEAVE_SECONDS
-    while time.monotonic() < last:
-        if len(here.client.key_value_dir_get(f"{_KEY}/left/")) == here.num_processes:
+    """Waits for the others to leave: long for those that are known to be at it."""
+    start = time.monotonic()
+    while (waited := time.monotonic() - start) < _LEAVE_SECONDS + FINISH_SECONDS:
+        left, have_read = (_who(here, did) for did in ("left", "read"))
+        if len(left) == here.num_processes or waited > _LEAVE_SECONDS and have_read <= left:
             return
         time.sleep(0.1)
+
+
+def _who(here: World, did: str) -> set[str]:
+    """The numbers of the processes that have said that they did something."""
+    return {key.rpartition("/")[2] for key, _ in here.client.key_value_dir_get(f"{_KEY}/{did}/")}

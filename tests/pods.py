@@ -189,7 +189,7 @@ def _act(call: int) -> None:
         return
     if what == "raise":
         if process == os.environ["JAX_PROCESS_ID"]:
-            raise ZeroDivisionError(f"of process {process} alone")
+            raise ZeroDivisionError(f"of process {process} alone,\nin two lines")
         return
     last = time.monotonic() + 60
     while not all(map(os.path.exists, files)) and time.monotonic() < last:

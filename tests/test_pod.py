@@ -141,8 +141,9 @@ def test_an_exception_at_one_process_ends_all_with_its_text_last(pod):
     ended = run(pod, "new", act="0 raise 1")
     assert codes(ended) == [1, 1]
     assert ended[1].err.startswith("Traceback")
-    assert ended[1].last_line == "ZeroDivisionError: of process 1 alone"
-    assert ended[0].err == f"process 1 failed, and ends all: {ended[1].last_line}\n"
+    assert ended[1].err.endswith("\nZeroDivisionError: of process 1 alone,\nin two lines\n")
+    said = "ZeroDivisionError: of process 1 alone, in two lines"
+    assert ended[0].err == f"process 1 failed, and ends all: {said}\n"
 
 
 def test_a_mistake_at_one_process_is_no_traceback_at_any(pod, tmp_path):
