@@ -361,15 +361,12 @@ class ChatTemplate:
         if not is_kept:
             return None
         content = chat.messages[-1]["content"]
-        before, tagged, behind = (
-            text.rpartition(content) if messages_of.THINK in content else ("", "", "")
-        )
-        is_behind_thought = bool(tagged) and before != messages_of.before_thought(before)
-        if is_behind_thought:
-            end = (
-                None if end is None else end - len(before) + len(messages_of.before_thought(before))
-            )
-            text = messages_of.before_thought(before) + tagged + behind
+        has_tags = messages_of.THINK in content
+        before, tagged, behind = text.rpartition(content) if has_tags else ("", "", text)
+        kept = messages_of.before_thought(before)
+        text = kept + tagged + behind
+        if end is not None:
+            end -= len(before) - len(kept)
         start = self._start(chat, text)
         if start is None:
             return None
@@ -379,7 +376,7 @@ class ChatTemplate:
             end = self._tokens.before_last(turn, start)
             if habits.ending and turn.endswith(habits.ending, start):
                 end = len(turn) - len(habits.ending)
-        return self._ended(whole, chat, text, start, end)._replace(is_unrendered=is_behind_thought)
+        return self._ended(whole, chat, text, start, end)._replace(is_unrendered=kept != before)
 
     def _plain_in_place(self, chat: Chat) -> tuple[str, int, int] | None:
         """As `_plain`, with a plain answer in the place of the last message."""
