@@ -189,6 +189,7 @@ ROTARY = dict(FIELDS, model_type="llama", hidden_size=32, intermediate_size=32)
     [
         (ROTARY | dict(rope_theta=5e5), dict(rope_theta=5e5)),
         (ROTARY | dict(rope_scaling=dict(rope_type="linear", factor=2.0)), dict(factor=2.0)),
+        (ROTARY | dict(rope_scaling=dict(type="linear", factor=2.0)), dict(factor=2.0)),
     ],
 )
 def test_older_names_of_rotary_fields_are_as_in_a_config_file(fields, stated, tmp_path):

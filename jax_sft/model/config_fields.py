@@ -78,7 +78,10 @@ def _as_kept(config: PretrainedConfig, name: str, value: Any) -> tuple[str, Any]
     if name != "rope_scaling":
         return "rope_parameters", {**rotary, name: value}
     kept = {part: rotary[part] for part in _ROTARY if part in rotary}
-    return "rope_parameters", {**kept, "rope_type": "default", **(value or {})}
+    scaling = {
+        "rope_type" if part == "type" else part: given for part, given in (value or {}).items()
+    }
+    return "rope_parameters", {**kept, "rope_type": "default", **scaling}
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
