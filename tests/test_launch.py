@@ -272,6 +272,33 @@ def test_mistakes_in_settings_are_named(cloud, words, error):
     assert not cloud.calls()
 
 
+@pytest.mark.parametrize(
+    ("name", "switch", "value"),
+    [
+        ("create", "dry_run", "1"),
+        ("create", "spot", "yes"),
+        ("logs", "follow", ""),
+        ("watch", "delete_at_end", "True"),
+    ],
+)
+def test_a_switch_is_true_or_false(cloud, name, switch, value):
+    done = cloud.script(name, f"--{switch}={value}")
+    error = f"error: --{switch}={value}: {switch} is '{value}'; expected true or false\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error)
+    cloud.write("sft.env", f"zone=a\nspot={value}\n")
+    done = cloud.script(name, "--settings=sft.env")
+    error = f"error: sft.env, line 2: spot is '{value}'; expected true or false\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error)
+    assert not cloud.calls()
+
+
+def test_a_switch_that_is_false_is_off(cloud):
+    off = ["--dry_run=false", "--spot=false", "--delete_at_end=false"]
+    done = cloud.watch(*off)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert cloud.calls(*CREATE[:4]) == [CREATE] and not cloud.calls(*DELETE[:4])
+
+
 def test_settings_come_from_a_file_and_flags_win(cloud):
     lines = [f"{key}={value}" for key, value in SETTINGS.items()]
     cloud.write("sft.env", "\n".join(["# mine", "", *lines, "spot=true"]))

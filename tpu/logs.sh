@@ -3,7 +3,7 @@
 #   tpu/logs.sh --settings=FILE [--worker=0|1|...|all] [--lines=40] [--follow] [--dry_run]
 set -euo pipefail
 . "$(dirname "$0")/settings.sh"
-worker=0 lines=40 follow=''
+worker=0 lines=40 follow=false
 read_settings "worker lines follow" "$@"
 require project zone name
 [[ $lines =~ ^[0-9]+$ ]] || fail "lines is '$lines'; expected a number"

@@ -6,11 +6,11 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mount_point=/mnt/bucket # where run_dir's bucket is, on every worker
 
-project='' zone='' name='' accelerator_type='' runtime_version='' spot='' run_dir=''
+project='' zone='' name='' accelerator_type='' runtime_version='' spot=false run_dir=''
 repo='' ref='' worker_env=''
 shared_settings="project zone name accelerator_type runtime_version spot run_dir repo ref worker_env"
 switches=' spot dry_run follow delete_at_end '
-dry_run=''
+dry_run=false
 words=()  # what follows --
 shared=() # the shared settings as flags, for the next script
 
@@ -85,6 +85,9 @@ take_flag() { # take_flag " KNOWN " key=value, or key alone for a switch
 
 set_key() { # set_key " KNOWN " KEY VALUE WHERE
   [[ $1 == *" $2 "* ]] || fail "$4: there is no setting '$2'; there are$1"
+  if [[ $switches == *" $2 "* && ! $3 =~ ^(true|false)$ ]]; then
+    fail "$4: $2 is '$3'; expected true or false"
+  fi
   printf -v "$2" %s "$3"
 }
 

@@ -10,7 +10,7 @@
 # 1 also after too many restarts.
 set -euo pipefail
 . "$(dirname "$0")/settings.sh"
-max_restarts=5 poll_seconds=60 backoff_seconds=30 grace_seconds=300 delete_at_end=''
+max_restarts=5 poll_seconds=60 backoff_seconds=30 grace_seconds=300 delete_at_end=false
 read_settings "max_restarts poll_seconds backoff_seconds grace_seconds delete_at_end" "$@"
 require project zone name accelerator_type run_dir
 
@@ -21,7 +21,7 @@ done
 script() { # script NAME [WORDS]: another of these, with the same settings
   local path=$here/$1.sh
   shift
-  "$path" "${shared[@]}" ${dry_run:+--dry_run} "$@"
+  "$path" "${shared[@]}" --dry_run="$dry_run" "$@"
 }
 
 say() { echo "$(date -u +%H:%M:%S) $*"; }
