@@ -258,7 +258,16 @@ def test_a_missing_setting_is_one_line_and_exit_code_2(cloud, name):
         (["--run_dir=runs/first"], "run_dir is 'runs/first'; expected gs://"),
         (["--run_dir=gs://bucket"], "run_dir is 'gs://bucket'; expected gs://"),
         (["--run_dir=gs://$(id)/x"], "run_dir is 'gs://$(id)/x'; expected gs://"),
+        (["--run_dir=gs://b/../x"], "run_dir is 'gs://b/../x'; expected gs://"),
+        (["--run_dir=gs://b/x/.."], "run_dir is 'gs://b/x/..'; expected gs://"),
+        (["--run_dir=gs://b/./x"], "run_dir is 'gs://b/./x'; expected gs://"),
+        (["--run_dir=gs://b//x"], "run_dir is 'gs://b//x'; expected gs://"),
+        (["--run_dir=gs://b/x*"], "run_dir is 'gs://b/x*'; expected gs://"),
+        (["--=a"], "--=a: there is no setting ''"),
+        (["--zone name=a"], "--zone name=a: there is no setting 'zone name'"),
+        (["--settings", "sft.env"], "--settings has no value; give it as --settings=FILE"),
         (["--settings=nowhere"], "--settings=nowhere cannot be read"),
+        (["--settings=."], "--settings=. cannot be read"),
         (["--settings=bad"], "bad, line 3: there is no setting 'lines'"),
         (["--settings=worse"], "worse, line 1 is 'a line'; expected key=value"),
     ],
@@ -269,6 +278,38 @@ def test_mistakes_in_settings_are_named(cloud, words, error):
     done = cloud.script("logs", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
+    assert not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("project=mine", "mine"),
+        ('project="mine"', "mine"),
+        ("project='mine'\r", "mine"),
+        ("  project=mine  # my own", "mine"),
+        ('project="mine" # it\'s "mine"', "mine"),
+        ("project=mine#own", "mine#own"),
+        ("project='mine # own' ", "mine # own"),
+        ('project="it\'s"', "it's"),
+    ],
+)
+def test_a_line_of_a_settings_file_means_a_value(cloud, line, value):
+    cloud.write("sft.env", f"# mine\r\n \r\n{line}\n")
+    done = cloud.script("create", "--settings=sft.env", "--dry_run", project=None)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"--project={value}" in shlex.split(done.stdout.splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    "value", ["my own", " mine", '"mine', "'mine\"", "mi'ne'", '"mi" ne', "it's"]
+)
+def test_a_value_that_may_mean_two_things_is_refused(cloud, value):
+    cloud.write("sft.env", f"zone=a\nproject={value}\n")
+    done = cloud.script("create", "--settings=sft.env")
+    error = f"error: sft.env, line 2 is 'project={value}'; expected key=value, with quotes"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(error) and done.stderr.count("\n") == 1
     assert not cloud.calls()
 
 

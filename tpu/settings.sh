@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034 # who sources it uses what stands here
 # What the scripts here share: settings, quoting, and how gcloud is asked. It is sourced.
 # A setting is a flag, as --zone=us-west4-a, or a line of the file in --settings=FILE, as
-# zone=us-west4-a (see example.env); a flag wins over the file.
+# zone=us-west4-a (see example.env); a flag wins over the file. Nothing in it is expanded, but for a
+# path's first ~.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mount_point=/mnt/bucket # where run_dir's bucket is, on every worker
@@ -40,7 +41,8 @@ read_settings() { # read_settings "OWN FLAGS" "$@": a variable for each setting,
   for word in "$@"; do
     case $word in
       --) break ;;
-      --settings=*) read_file "${word#*=}" ;;
+      --settings=*) read_file "$(at_home "${word#*=}")" "$word" ;;
+      --settings) fail "--settings has no value; give it as --settings=FILE" ;;
       --help | -h) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
     esac
   done
@@ -59,16 +61,31 @@ read_settings() { # read_settings "OWN FLAGS" "$@": a variable for each setting,
   done
 }
 
-read_file() { # read_file FILE: lines of key=value, empty lines and # comments
+at_home() { # at_home PATH: which shells leave alone where it follows --key=
+  # shellcheck disable=SC2088 # the letter is meant
+  case $1 in
+    "~/"*) printf '%s\n' "$HOME/${1#"~/"}" ;;
+    *) printf '%s\n' "$1" ;;
+  esac
+}
+
+is_file() { [ -r "$1" ] && [ ! -d "$1" ]; }
+
+read_file() { # read_file FILE FLAG: lines of key=value, empty lines and # comments
   local line number=0
-  [ -r "$1" ] || fail "--settings=$1 cannot be read: write one as in tpu/example.env"
+  local value="\"([^\"]*)\"|'([^']*)'|([^\"'[:space:]]*)"
+  local pair="^[[:space:]]*([^#=[:space:]][^=[:space:]]*)=($value)([[:space:]]+#.*)?[[:space:]]*\$"
+  is_file "$1" || fail "$2 cannot be read: write one as in tpu/example.env"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
-    case $line in
-      '' | '#'*) ;;
-      *=*) set_key " $shared_settings " "${line%%=*}" "${line#*=}" "$1, line $number" ;;
-      *) fail "$1, line $number is '$line'; expected key=value" ;;
-    esac
+    line=${line%$'\r'}
+    if [[ $line =~ $pair ]]; then
+      value=${BASH_REMATCH[3]}${BASH_REMATCH[4]}${BASH_REMATCH[5]}
+      set_key " $shared_settings " "${BASH_REMATCH[1]}" "$value" "$1, line $number"
+    elif [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]]; then
+      fail "$1, line $number is '$line'; expected key=value, with quotes around a value that has" \
+        "spaces or quotes"
+    fi
   done <"$1"
 }
 
@@ -84,7 +101,7 @@ take_flag() { # take_flag " KNOWN " key=value, or key alone for a switch
 }
 
 set_key() { # set_key " KNOWN " KEY VALUE WHERE
-  [[ $1 == *" $2 "* ]] || fail "$4: there is no setting '$2'; there are$1"
+  [[ $2 =~ ^[a-z_]+$ && $1 == *" $2 "* ]] || fail "$4: there is no setting '$2'; there are$1"
   if [[ $switches == *" $2 "* && ! $3 =~ ^(true|false)$ ]]; then
     fail "$4: $2 is '$3'; expected true or false"
   fi
@@ -100,8 +117,11 @@ require() { # require KEYS...: fails on the first that is not set, or not as it 
   [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
     fail "name is '$name'; expected lower-case letters, digits and dashes, a letter first"
   if [ -n "$run_dir" ]; then
-    [[ $run_dir =~ ^gs://[-a-z0-9._]+/.*[^/]$ ]] ||
-      fail "run_dir is '$run_dir'; expected gs://BUCKET/FOLDER, a folder for each run"
+    # What a mounted bucket and gcloud take for one folder: no empty part, no . or .., no wildcard.
+    if [[ ! $run_dir =~ ^gs://[-a-z0-9._]+(/[^]/*?#[]+)+$ || $run_dir/ =~ /\.\.?/ ]]; then
+      fail "run_dir is '$run_dir'; expected gs://BUCKET/FOLDER, a folder for each run, without" \
+        ". or .. or wildcards"
+    fi
   fi
 }
 
