@@ -253,7 +253,7 @@ def test_a_missing_setting_is_one_line_and_exit_code_2(cloud, name):
         (["--zon=a"], "--zon=a: there is no setting 'zon'"),
         (["--zone"], "--zone has no value; give it as --zone=VALUE"),
         (["us-west4-a"], "unexpected argument 'us-west4-a'"),
-        (["--lines=few"], "lines is 'few'; expected a number"),
+        (["--lines=few"], "lines is 'few'; expected a whole number"),
         (["--name=My TPU"], "name is 'My TPU'; expected lower-case"),
         (["--run_dir=runs/first"], "run_dir is 'runs/first'; expected gs://"),
         (["--run_dir=gs://bucket"], "run_dir is 'gs://bucket'; expected gs://"),
@@ -331,6 +331,24 @@ def test_a_switch_is_true_or_false(cloud, name, switch, value):
     error = f"error: sft.env, line 2: spot is '{value}'; expected true or false\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", error)
     assert not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("create", "poll_seconds", "abc"),
+        ("watch", "poll_seconds", "-1"),
+        ("watch", "poll_seconds", ""),
+        ("watch", "backoff_seconds", "08"),  # which bash's arithmetic refuses
+        ("watch", "max_restarts", "9" * 20),  # more than bash can compare
+        ("watch", "grace_seconds", "1.5"),
+    ],
+)
+def test_a_number_is_one(cloud, name, key, value):
+    done = cloud.script(name, f"--{key}={value}", "--", *TRAIN)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {key} is '{value}'; expected a whole number")
+    assert done.stderr.count("\n") == 1 and not cloud.calls()
 
 
 def test_a_switch_that_is_false_is_off(cloud):
@@ -870,6 +888,12 @@ class TestSlurm:
         said = job.communicate(timeout=10)[0]
         assert job.returncode == ends_with and "again: 75 on task 0" in said
         assert self.read("requeued") == ("scontrol requeue 7\n" if is_requeued else "")
+
+    def test_a_number_of_restarts_is_one(self, submit):
+        job = submit("75 75", MAX_RESTARTS="many")
+        said = job.communicate(timeout=10)[0]
+        assert job.returncode == 2 and not self.read("trained0") and not self.read("requeued")
+        assert said == "error: MAX_RESTARTS is 'many'; expected a whole number\n"
 
     def test_asks_for_one_process_a_node_and_a_signal(self):
         asked = re.findall(r"^#SBATCH (\S+)", (ROOT / "scripts/train.slurm").read_text(), re.M)

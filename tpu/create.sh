@@ -9,6 +9,7 @@ set -euo pipefail
 poll_seconds=30
 read_settings "poll_seconds" "$@"
 require project zone name accelerator_type
+require_numbers poll_seconds
 case $accelerator_type in
   v5e-*) fail "accelerator_type is '$accelerator_type'; gcloud calls it v5litepod-${accelerator_type#v5e-}" ;;
 esac

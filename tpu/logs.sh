@@ -6,7 +6,7 @@ set -euo pipefail
 worker=0 lines=40 follow=false
 read_settings "worker lines follow" "$@"
 require project zone name
-[[ $lines =~ ^[0-9]+$ ]] || fail "lines is '$lines'; expected a number"
+require_numbers lines
 verb="tail"
 if [ "$follow" = true ]; then verb="follow"; fi
 on_workers "$worker" "bash jax_sft/tpu/worker.sh $verb $lines"

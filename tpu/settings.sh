@@ -125,6 +125,14 @@ require() { # require KEYS...: fails on the first that is not set, or not as it 
   fi
 }
 
+require_numbers() { # require_numbers KEYS...: whole, and such as bash computes with
+  local key
+  for key in "$@"; do
+    if [[ $key = poll_seconds && ${!key} =~ ^0\.[0-9]+$ ]]; then continue; fi # only sleep reads it
+    [[ ${!key} =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "$key is '${!key}'; expected a whole number"
+  done
+}
+
 bucket() { # the bucket of run_dir
   local path=${run_dir#gs://}
   echo "${path%%/*}"

@@ -13,10 +13,7 @@ set -euo pipefail
 max_restarts=5 poll_seconds=60 backoff_seconds=30 grace_seconds=300 delete_at_end=false
 read_settings "max_restarts poll_seconds backoff_seconds grace_seconds delete_at_end" "$@"
 require project zone name accelerator_type run_dir
-
-for word in "$max_restarts" "$backoff_seconds" "$grace_seconds"; do
-  [[ $word =~ ^[0-9]+$ ]] || fail "'$word' is no number, as max_restarts and seconds must be"
-done
+require_numbers max_restarts poll_seconds backoff_seconds grace_seconds
 
 script() { # script NAME [WORDS]: another of these, with the same settings
   local path=$here/$1.sh
