@@ -475,7 +475,8 @@ def make_clone(folder):
     """A small repository: a tracked file that is gone, a new one, and an ignored one."""
     clone = folder / "clone"
     shutil.copytree(TPU, clone / "tpu")
-    for name in ("kept.py", "gone.py", "my data.jsonl", "ignored.bin"):
+    (clone / "configs").mkdir()
+    for name in ("kept.py", "gone.py", "my data.jsonl", "ignored.bin", "configs/gpt2.py"):
         (clone / name).write_text(name)
     (clone / ".gitignore").write_text("ignored.bin\n")
     git = ["git", "-C", str(clone)]
@@ -494,7 +495,7 @@ def test_setup_copies_the_clone_and_readies_each_worker(cloud):
     for worker in (0, 1):
         home = cloud.folder / f"workers/{worker}"
         code = {path.name for path in (home / "jax_sft").iterdir()}
-        assert code == {"tpu", "kept.py", "my data.jsonl", ".gitignore"}
+        assert code == {"tpu", "configs", "kept.py", "my data.jsonl", ".gitignore"}
         assert (home / "jax_sft_worker.env").stat().st_mode & 0o777 == 0o600
         assert f"uv venv --quiet --python 3.12 {home}/jax_sft_env" in cloud.did(worker)
         assert any(line.endswith(f"-e {home}/jax_sft[tpu]") for line in cloud.did(worker))
@@ -588,12 +589,68 @@ def test_a_run_outlives_its_terminal_and_is_alone(cloud):
     ("words", "error"),
     [
         (["--config.train.seed=1"], "no --config=FILE"),
+        (["--config="], "no --config=FILE"),
+        (["--config"], "no --config=FILE"),
         ([*TRAIN, "--config.train.checkpoint_dir=here"], "it is run_dir, /mnt/bucket/runs/first"),
     ],
 )
-def test_mistakes_in_the_run_are_named(cloud, words, error):
-    done = cloud.script("run", "--", *words)
+@pytest.mark.parametrize("name", ["run", "watch"])
+def test_mistakes_in_the_run_are_named(cloud, name, words, error):
+    done = cloud.script(name, "--", *words)
     assert done.returncode == 2 and error in done.stderr and not cloud.calls()
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["setup", "watch"])
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (dict(worker_env="nowhere"), "worker_env is 'nowhere', which cannot be read"),
+        (dict(worker_env="."), "worker_env is '.', which cannot be read"),
+        (dict(worker_env="~/nowhere"), "worker_env is '~/nowhere', which cannot be read"),
+        (dict(worker_env="crlf.env"), "worker_env is 'crlf.env', whose lines end in CRLF"),
+        (dict(worker_env="open.env"), "worker_env is 'open.env', which bash cannot read"),
+        (dict(ref="main"), "ref is 'main', but repo is not set"),
+    ],
+)
+def test_mistakes_in_the_setup_are_seen_before_it(cloud, name, settings, error):
+    cloud.write("crlf.env", "HF_TOKEN=mine\r\n")
+    cloud.write("open.env", "HF_TOKEN='mine\n")
+    done = cloud.script(name, "--", *(TRAIN if name == "watch" else []), **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
+    assert not cloud.calls()
+
+
+def test_watch_sees_a_mistake_in_the_slice_before_it_takes_a_run_up(cloud):
+    cloud.ready()
+    num_calls = len(cloud.calls())
+    done = cloud.watch(accelerator_type="v5e-16")
+    assert (done.returncode, done.stdout, len(cloud.calls())) == (2, "", num_calls)
+    assert done.stderr == "error: accelerator_type is 'v5e-16'; gcloud calls it v5litepod-16\n"
+
+
+def test_a_home_is_expanded(cloud):
+    cloud.environ["HOME"] = str(cloud.folder)
+    cloud.write("sft.env", "worker_env=~/secrets.env\n")
+    cloud.write("secrets.env", "HF_TOKEN=mine\n")
+    done = cloud.script("setup", "--settings=~/sft.env", repo="there")
+    assert done.returncode == 0, done.stderr
+    assert cloud.read("workers/0/jax_sft_worker.env") == "HF_TOKEN=mine\n"
+
+
+def test_watch_looks_for_the_config_in_the_clone(cloud):
+    done = cloud.script("watch", "--", "--config", "configs/none.py")
+    assert (done.returncode, done.stdout) == (2, "") and not cloud.calls()
+    assert done.stderr.startswith("error: --config=configs/none.py is not in the clone")
+
+
+@pytest.mark.parametrize("name", ["setup", "status", "logs", "stop", "delete"])
+def test_words_that_no_one_reads_are_refused(cloud, name):
+    done = cloud.script(name, "--", "--dry_run")
+    error = "error: unexpected '--dry_run' after --: nothing is passed on here\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error)
+    assert not cloud.calls()
 
 
 def test_a_worker_that_started_anew_has_lost_its_run(cloud):

@@ -6,6 +6,7 @@ set -euo pipefail
 . "$(dirname "$0")/settings.sh"
 read_settings "" "$@"
 require project zone name
+no_words
 if [ "$dry_run" != true ] && [ "$(tpu_state)" = NONE ]; then
   echo "there is no $name in $zone"
   exit

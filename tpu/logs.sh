@@ -6,6 +6,7 @@ set -euo pipefail
 worker=0 lines=40 follow=false
 read_settings "worker lines follow" "$@"
 require project zone name
+no_words
 require_numbers lines
 verb="tail"
 if [ "$follow" = true ]; then verb="follow"; fi

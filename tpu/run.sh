@@ -7,15 +7,12 @@ set -euo pipefail
 . "$(dirname "$0")/settings.sh"
 read_settings "" "$@"
 require project zone name run_dir
-
-has_config=''
-for word in ${words[@]+"${words[@]}"}; do
+[ -n "$(config_file)" ] || fail "no --config=FILE: give what python -m jax_sft.main takes after --"
+for word in "${words[@]}"; do
   case $word in
-    --config | --config=*) has_config=true ;;
     --config.train.checkpoint_dir*) fail "$word: it is run_dir, $(checkpoint_dir) on the workers" ;;
   esac
 done
-[ -n "$has_config" ] || fail "no --config=FILE: give what python -m jax_sft.main takes after --"
 
 run=$(date -u +%Y%m%d-%H%M%S)-$$ # a start that gcloud repeats is one start
 on_workers all "bash jax_sft/tpu/worker.sh idle"

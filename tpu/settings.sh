@@ -125,6 +125,19 @@ require() { # require KEYS...: fails on the first that is not set, or not as it 
   fi
 }
 
+no_words() { # for scripts that pass nothing on
+  [ ${#words[@]} = 0 ] || fail "unexpected '${words[0]}' after --: nothing is passed on here"
+}
+
+config_file() { # what --config=FILE, or --config FILE, names after --
+  local word last=''
+  for word in ${words[@]+"${words[@]}"}; do
+    if [ "$last" = --config ]; then echo "$word"; fi
+    case $word in --config=*) echo "${word#*=}" ;; esac
+    last=$word
+  done
+}
+
 require_numbers() { # require_numbers KEYS...: whole, and such as bash computes with
   local key
   for key in "$@"; do

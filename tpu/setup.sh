@@ -9,6 +9,19 @@ set -euo pipefail
 archive='' # of the clone; tpu/watch.sh has one for all its starts
 read_settings "archive" "$@"
 require project zone name run_dir
+no_words
+if [ -n "$ref" ] && [ -z "$repo" ]; then
+  fail "ref is '$ref', but repo is not set: ref is a branch or a commit of it"
+fi
+if [ -n "$worker_env" ]; then
+  secrets=$(at_home "$worker_env")
+  is_file "$secrets" || fail "worker_env is '$worker_env', which cannot be read"
+  if grep -q $'\r' "$secrets"; then
+    fail "worker_env is '$worker_env', whose lines end in CRLF: the values would, too; make it LF"
+  fi
+  bash -n "$secrets" 2>/dev/null ||
+    fail "worker_env is '$worker_env', which bash cannot read; bash -n shows why"
+fi
 
 copy_to_workers() { # copy_to_workers FILE NAME: into the home of each
   do_or_show gcloud compute tpus tpu-vm scp "$1" "$name:$2" --project="$project" --zone="$zone" \
@@ -29,8 +42,7 @@ else
   code="mkdir -p jax_sft && tar -xzf jax_sft.tar.gz -C jax_sft"
 fi
 if [ -n "$worker_env" ]; then
-  [ -r "$worker_env" ] || fail "worker_env is '$worker_env', which cannot be read"
-  copy_to_workers "$worker_env" jax_sft_worker.env
+  copy_to_workers "$secrets" jax_sft_worker.env
   code+=" && chmod 600 jax_sft_worker.env"
 fi
 on_workers all "$idle && $code && bash jax_sft/tpu/worker.sh setup $(bucket) $mount_point"

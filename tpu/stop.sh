@@ -6,4 +6,5 @@ set -euo pipefail
 . "$(dirname "$0")/settings.sh"
 read_settings "" "$@"
 require project zone name
+no_words
 on_workers all "bash jax_sft/tpu/worker.sh stop"

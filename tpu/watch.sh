@@ -21,6 +21,15 @@ script() { # script NAME [WORDS]: another of these, with the same settings
   "$path" "${shared[@]}" --dry_run="$dry_run" "$@"
 }
 
+# The mistakes that they name are better named before a slice is paid for.
+script create --dry_run=true >/dev/null
+script setup --dry_run=true >/dev/null
+script run --dry_run=true -- ${words[@]+"${words[@]}"} >/dev/null
+config=$(config_file)
+if [ -z "$repo" ] && [[ $config != /* && ! -e $here/../$config ]]; then
+  fail "--config=$config is not in the clone, $(dirname "$here"), which is copied to the workers"
+fi
+
 say() { echo "$(date -u +%H:%M:%S) $*"; }
 
 manifests=(gcloud storage ls "$run_dir/checkpoints/*/manifest.json")
