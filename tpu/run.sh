@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts the training command on every worker, detached: it outlives this terminal.
-#   tpu/run.sh --settings=FILE [--dry_run] -- --config=configs/llama.py --config.data.train=...
+#   tpu/run.sh --settings=FILE [--dry_run] -- --config=configs/gpt2.py --config.data.train=...
 # Settings: project, zone, name, run_dir. What follows -- is what python -m jax_sft.main takes, but
 # for train.checkpoint_dir, which is run_dir. Exit code 2: a mistake, such as a run that is live.
 set -euo pipefail

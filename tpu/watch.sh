@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is done: asks for the slice, readies it and starts the run, and does so
 # again from the newest checkpoint after a preemption or a lost machine.
-#   tpu/watch.sh --settings=FILE [--delete_at_end] [--dry_run] -- --config=configs/llama.py ...
+#   tpu/watch.sh --settings=FILE [--delete_at_end] [--dry_run] -- --config=configs/gpt2.py ...
 # Settings: those of create.sh, setup.sh and run.sh; max_restarts (5) in a row without a newer
 # checkpoint, poll_seconds (60), backoff_seconds (30, doubled each time, at most four times),
 # grace_seconds (300) for the workers that outlive another. A run that is there is taken up, so
