@@ -33,6 +33,7 @@ flags_of() {
   esac
 }
 
+for name in "$@"; do flags_of "$name" >/dev/null; done # before the first takes its time
 for name in "$@"; do
   flags=$(flags_of "$name")
   words=()

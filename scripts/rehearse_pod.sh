@@ -11,8 +11,18 @@
 # it checks; 0 if all of it holds.
 set -euo pipefail
 
-[[ ${1:-} =~ ^[0-9]+$ && $1 -ge 2 ]] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-n=$1 devices=${2:-4} host=$(uname -n)
+[[ $# == [12] && $1 != -* ]] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+# at_least LEAST NAME VALUE
+at_least() {
+  [[ $3 =~ ^[1-9][0-9]{0,8}$ && $3 -ge $1 ]] && return
+  echo "error: $2 is '$3'; expected a whole number of $1 or more" >&2
+  exit 2
+}
+
+at_least 2 N "$1"
+at_least 1 DEVICES "${2-4}"
+n=$1 devices=${2-4} host=$(uname -n)
 root=$(cd "$(dirname "$0")/.." && pwd)
 dir=$(mktemp -d -t rehearse_pod.XXXXXX)
 ns=rp$$ # names of network interfaces have 15 letters at most

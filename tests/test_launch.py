@@ -957,6 +957,34 @@ class TestSlurm:
         assert {"--ntasks-per-node=1", "--signal=B:USR1@300", "--requeue"} <= set(asked)
 
 
+# On one machine
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["1"], "N is '1'; expected a whole number of 2 or more"),
+        (["08"], "N is '08'; expected a whole number of 2 or more"),
+        (["2", "x"], "DEVICES is 'x'; expected a whole number of 1 or more"),
+        (["2", "0"], "DEVICES is '0'; expected a whole number of 1 or more"),
+    ],
+)
+def test_a_rehearsal_s_numbers_are_checked(words, error):
+    command = [ROOT / "scripts/rehearse_pod.sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {error}\n")
+
+
+def test_a_benchmark_s_names_are_checked_before_the_first_runs(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\ntouch "$0.ran"\n')
+    (tmp_path / "python").chmod(0o755)
+    environ = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    command = [ROOT / "scripts/benchmark_gpu.sh", "data", "tokenizer", "gpt2", "gpt3"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "python.ran").exists()
+    assert done.stderr == "benchmark_gpu.sh: no shape is called gpt3\n"
+
+
 # What is written
 
 
@@ -981,6 +1009,15 @@ def test_shellcheck_finds_nothing():
 def test_the_scripts_can_be_run():
     for name in [*SCRIPTS, "worker"]:
         assert os.access(TPU / f"{name}.sh", os.X_OK)
+
+
+def test_the_configs_in_the_heads_of_scripts_exist():
+    named = {
+        config
+        for script in [*shell_scripts(), TPU / "jobset.yaml"]
+        for config in re.findall(r"--config[= ](configs/\S+)", script.read_text())
+    }
+    assert named and all((ROOT / config).exists() for config in named), named
 
 
 def test_the_commands_in_the_documentation_are_right(cloud):
