@@ -128,7 +128,8 @@ GPUS = {
 
 # v4-8 and v5p-8 have 8 TensorCores, which are 4 chips; v5e-8 and v6e-8 have 8 chips.
 _CORES_A_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
-_MOST_CHIPS = {"v4": 4096, "v5p": 8960, "v5e": 256, "v6e": 256}
+# The largest v5p slice is 16x16x24, of a pod's 8960 chips (cloud.google.com/tpu/docs/v5p).
+_MOST_CHIPS = {"v4": 4096, "v5p": 6144, "v5e": 256, "v6e": 256}
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e"}
 
 
@@ -227,6 +228,8 @@ def _parse_gpus(name: str) -> Topology:
 
 def _usual_shape(name: str, generation: str, count: int) -> tuple[int, ...]:
     """The shape of a slice that was asked for by its size: as near to a cube as it goes."""
+    if (generation, count) == ("v5p", 12288):  # the one usual slice that is no power of two
+        return (16, 16, 24)
     num_axes, cores = TPUS[generation].num_axes, _CORES_A_CHIP[generation]
     shape = [2, 2, 1] if num_axes == 3 else [1, 1]
     num_chips = count / cores
