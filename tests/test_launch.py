@@ -661,6 +661,14 @@ def test_a_worker_that_started_anew_has_lost_its_run(cloud):
     cloud.wait_for(lambda: cloud.script("status").stdout.count("state=lost") == 2)
 
 
+def test_a_worker_env_that_fails_is_a_mistake_and_is_not_started_again(cloud):
+    cloud.write("secrets.env", "HF_TOKEN=my token\n")  # runs a command called token
+    done = cloud.watch(worker_env="secrets.env")
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert "token: command not found" in done.stdout and not cloud.starts()
+    assert "the run ended with exit code 2 on worker" in done.stdout
+
+
 # Watching
 
 

@@ -101,7 +101,8 @@ start() { # start RUN ARGS...
 }
 
 supervise() { # the run, then its exit code in a file
-  local code=0
+  code=2 # until the run begins: a worker_env that fails is a mistake
+  trap note_code EXIT
   echo $$ >"$state_dir/pid" # start does so too, unless its connection is cut off
   trap : TERM INT HUP # the run takes these, saves and ends; this shell stays to write the code
   if [ -r "$HOME/jax_sft_worker.env" ]; then
@@ -110,7 +111,11 @@ supervise() { # the run, then its exit code in a file
     . "$HOME/jax_sft_worker.env"
     set +a
   fi
+  code=0
   PYTHONUNBUFFERED=1 "$python" -m jax_sft.main "$@" || code=$?
+}
+
+note_code() {
   echo "== $(date -u +%FT%TZ) exit code $code"
   echo "$code" >"$state_dir/code.new"
   mv "$state_dir/code.new" "$state_dir/code"
