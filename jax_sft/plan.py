@@ -218,15 +218,31 @@ def _by_kind(step: "PlannedStep") -> tuple[Counter[str], Counter[str]]:
 
 
 def _print_sampler(sampler: "PlannedSampler") -> None:
+    verb = "compiled in" if sampler.refused is None else "refused after"
     _say(
         "\nsampler",
         f" {sampler.num_prompts} prompts of {sampler.prompt_len} tokens, "
-        f"{sampler.max_new_tokens} new; compiled in {sampler.compile_seconds:.1f} s",
+        f"{sampler.max_new_tokens} new; {verb} {sampler.compile_seconds:.1f} s",
     )
     for name in ("prefill", "decode"):
         size = getattr(sampler, name)
+        if size is None:
+            continue
         verdict = "fits" if size <= sampler.usable else "DOES NOT FIT"
-        _say(name, f"{size / GIB:5.2f}   GiB a chip with the optimizer's state: {verdict}")
+        least = "at least, " if name == sampler.refused else ""
+        _say(name, f"{size / GIB:5.2f}   GiB a chip {least}with the optimizer's state: {verdict}")
+    if not sampler.fits:
+        _say("", _remedy(sampler))
+
+
+def _remedy(sampler: "PlannedSampler") -> str:
+    fewer = max(sampler.num_shards, sampler.num_rows // 8)
+    if fewer < sampler.num_prompts:
+        return (
+            f"evaluate with fewer prompts, and say how many here, as --prompts={fewer}, or with "
+            "shorter ones: these are as long as they may be"
+        )
+    return "evaluate with shorter prompts: these are as long as they may be, and fewer take no less"
 
 
 def as_json(
@@ -261,7 +277,7 @@ def as_json(
         "step": None if found.step is None else step_json(found.step),
         "num_ways": found.num_ways,
         "tried": [step_json(step) for step in found.tried],
-        "sampler": None if sampler is None else vars(sampler),
+        "sampler": None if sampler is None else vars(sampler) | {"fits": sampler.fits},
         "seconds": seconds,
     }
 

@@ -30,7 +30,7 @@ from jax_sft.inputs import find_tokenizer
 from jax_sft.loss import find_chunk_len
 from jax_sft.model.causal_lm import CausalLM
 from jax_sft.recipe import batch_structs, check_rows, compile_step, make_update, open_model
-from jax_sft.sampler import Sampling, compile_sampler
+from jax_sft.sampler import Sampling, compile_sampler, rows_at_once
 from jax_sft.sharding import make_abstract_mesh, make_mesh, num_shards
 from jax_sft.topology import GIB, Topology
 
@@ -77,21 +77,32 @@ class PlannedSampler:
 
     Attributes:
         num_prompts: given.
+        num_rows: decoded at once.
+        num_shards: parts that these rows are split into.
         prompt_len: tokens of each, as long as they may be.
         max_new_tokens: of an output.
         prefill: bytes a device; with the optimizer's state.
-        decode: likewise, of the loop that makes tokens.
+        decode: likewise, of the loop that makes tokens; None where the prefill was refused.
+        refused: which of the two the compiler refused, whose bytes are the least that it needs.
         usable: bytes a device that a program may have.
         compile_seconds: for both.
     """
 
     num_prompts: int
+    num_rows: int
+    num_shards: int
     prompt_len: int
     max_new_tokens: int
     prefill: float
-    decode: float
+    decode: float | None
+    refused: str | None
     usable: float
     compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room for both programs, one after the other."""
+        return max(self.prefill, self.decode or 0.0) <= self.usable
 
 
 def open_planned(
@@ -191,46 +202,46 @@ def plan_step(
 def plan_sampler(
     config: SFTConfig, topology: Topology, devices: Sequence[jax.Device], *, num_prompts: int
 ) -> PlannedSampler:
-    """Compiles what an evaluation samples with: prompts as long as they may be.
-
-    Raises:
-        ValueError: it needs more memory than a device has.
-    """
+    """Compiles what an evaluation samples with: prompts as long as they may be."""
     model = open_planned(config, topology, devices)
     c = model.decoder.config
     options = [Sampling(**kwargs) for _, kwargs in sweep(config.method.gen_kwargs.to_dict())]
     sampling = max(options, key=lambda option: option.max_new_tokens)
     longest = min(config.train.seq_length, c.num_positions - sampling.max_new_tokens)
+    num_batch_shards = num_shards(model.mesh, "batch")
     structs = make_update(config, model, num_steps=config.train.total_steps).structs
     beside = device_bytes(structs.opt_state)
-    start = time.perf_counter()
+    programs = compile_sampler(
+        model.decoder,
+        structs.params,
+        num_prompts=num_prompts,
+        prompt_len=longest,
+        sampling=sampling,
+        stop_ids=model.stop_ids,
+        num_batch_shards=num_batch_shards,
+    )
+    sizes: dict[str, float] = {}
+    refused, start = None, time.perf_counter()
     try:
         with jax.set_mesh(model.mesh):
-            programs = compile_sampler(
-                model.decoder,
-                structs.params,
-                num_prompts=num_prompts,
-                prompt_len=longest,
-                sampling=sampling,
-                stop_ids=model.stop_ids,
-                num_batch_shards=num_shards(model.mesh, "batch"),
-            )
+            for name, program in zip(("prefill", "decode"), programs, strict=True):
+                sizes[name] = read_memory(program).total + beside
     except jax.errors.JaxRuntimeError as error:
         shortage = read_shortage(error)
         if shortage is None:
             raise
-        raise ValueError(
-            f"the sampler needs {shortage.needed / GIB:.1f} GiB a chip, of "
-            f"{shortage.usable / GIB:.2f}, for {num_prompts} prompts of {longest} tokens: "
-            "evaluate with fewer or shorter ones, and say how many here, as --prompts=8"
-        ) from None
-    prefill, decode = (read_memory(program).total + beside for program in programs)
+        refused = "decode" if "prefill" in sizes else "prefill"
+        given = 0 if shortage.is_all else device_bytes(structs.params)
+        sizes[refused] = shortage.needed + given + beside
     return PlannedSampler(
         num_prompts=num_prompts,
+        num_rows=rows_at_once(num_prompts, num_batch_shards),
+        num_shards=num_batch_shards,
         prompt_len=longest,
         max_new_tokens=sampling.max_new_tokens,
-        prefill=prefill,
-        decode=decode,
+        prefill=sizes["prefill"],
+        decode=sizes.get("decode"),
+        refused=refused,
         usable=topology.chip.usable_gib * GIB,
         compile_seconds=time.perf_counter() - start,
     )

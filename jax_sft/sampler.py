@@ -16,7 +16,7 @@ its part of the cache is computed anew when it becomes longer, as if it were dec
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -139,7 +139,7 @@ def generate_ids(
     answers = []
     for start in range(0, len(prompts), MAX_ROWS):
         rows = prompts[start : start + MAX_ROWS]
-        num_rows = -(-len(rows) // num_batch_shards) * num_batch_shards
+        num_rows = rows_at_once(len(rows), num_batch_shards)
         padded = [*rows, *([rows[-1]] * (num_rows - len(rows)))]
         row_ids_B = np.arange(start, start + num_rows, dtype=np.int32)
         loop = functools.partial(
@@ -168,7 +168,7 @@ def compile_sampler(
     sampling: Sampling,
     stop_ids: Sequence[int],
     num_batch_shards: int = 1,
-) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+) -> Iterator[jax.stages.Compiled]:
     """Compiles what `generate_ids` runs, without any array.
 
     Args:
@@ -180,15 +180,16 @@ def compile_sampler(
         stop_ids: tokens that end an answer.
         num_batch_shards: devices that rows are split over.
 
-    Returns:
-        The prefill, and the decode loop.
+    Yields:
+        The prefill, and then the decode loop, each compiled when it is asked for.
     """
-    num_rows = -(-min(num_prompts, MAX_ROWS) // num_batch_shards) * num_batch_shards
+    num_rows = rows_at_once(num_prompts, num_batch_shards)
     ints_B = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     longest = _bucket(prompt_len, decoder.config, sampling)
     prompts_BP = jax.ShapeDtypeStruct((num_rows, longest), jnp.int32)
     lowered = _prefill.lower(decoder, params, prompts_BP, ints_B, sampling=sampling)
     prefill = lowered.compile()
+    yield prefill
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         lowered.out_info,
@@ -205,7 +206,12 @@ def compile_sampler(
         sampling=sampling,
         stop_ids=tuple(int(i) for i in stop_ids),
     )
-    return prefill, decode.compile()
+    yield decode.compile()
+
+
+def rows_at_once(num_prompts: int, num_batch_shards: int) -> int:
+    """Returns how many rows are decoded at once: prompts, and copies until they divide."""
+    return -(-min(num_prompts, MAX_ROWS) // num_batch_shards) * num_batch_shards
 
 
 def check_prompts(

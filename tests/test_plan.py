@@ -1,5 +1,6 @@
 """A plan: its bytes are those of a real state, and the TPU compiler takes the step everywhere."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -53,6 +54,14 @@ def refuse(words):
         raise jax.errors.JaxRuntimeError(words)
 
     return compile_step
+
+
+def refuse_next(words):
+    def programs(*_, **__):
+        yield from ()
+        raise jax.errors.JaxRuntimeError(words)
+
+    return programs
 
 
 @pytest.mark.parametrize(
@@ -186,6 +195,41 @@ def test_the_sampler_is_planned_for_the_longest_prompts():
     assert (sampler.prompt_len, sampler.max_new_tokens) == (16, 4)
     state = make_update(config, open_model(config, None), num_steps=6).structs
     assert sampler.decode > planned_step.device_bytes(state)
+
+
+@pytest.mark.parametrize(("refused", "fit"), [("prefill", True), ("decode", False)])
+def test_a_sampler_that_the_compiler_refuses_leaves_the_plan(monkeypatch, capsys, refused, fit):
+    def refusing(*args, **options):
+        if refused == "decode":
+            yield next(compile_sampler(*args, **options))
+        raise jax.errors.JaxRuntimeError("Used 38.62G of 15.75G hbm")
+
+    monkeypatch.setattr(planned_step, "compile_sampler", refusing)
+    monkeypatch.setattr(plan, "make_devices", lambda _: jax.devices())
+    found = plan.plan(config_of(fsdp=8), EIGHT, fit=fit, num_prompts=64)
+    plan.print_plan(*found)
+    shown = capsys.readouterr().out
+    assert "fits: " in shown and "38.62   GiB a chip at least, with the opt" in shown
+    assert "state: DOES NOT FIT" in shown and "--prompts=8, or with shorter ones" in shown
+    told = plan.as_json(*found)
+    assert told["step"]["fits"] and told["sampler"]["refused"] == refused
+    assert not told["sampler"]["fits"] and 38 * GIB < told["sampler"][refused] < 39 * GIB
+    assert (told["sampler"]["decode"] is None) == (refused == "prefill")
+
+
+def test_another_error_of_the_sampler_s_compiler_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(planned_step, "compile_sampler", refuse_next("INTERNAL: a bug"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        plan_sampler(config_of(fsdp=8), EIGHT, jax.devices(), num_prompts=3)
+
+
+def test_fewer_prompts_help_where_a_device_has_several():
+    sizes = dict(num_prompts=64, num_rows=64, num_shards=16, prompt_len=9, max_new_tokens=4)
+    sizes |= dict(prefill=2.0, decode=None, refused="prefill", usable=1.0, compile_seconds=1.0)
+    sampler = planned_step.PlannedSampler(**sizes)
+    assert "--prompts=16," in plan._remedy(sampler)
+    few = dataclasses.replace(sampler, num_prompts=16, num_rows=16)
+    assert "fewer take no less" in plan._remedy(few)
 
 
 def test_the_planned_sampler_is_the_one_that_runs():
