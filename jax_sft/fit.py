@@ -10,10 +10,14 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from jax_sft.config import SFTConfig
 from jax_sft.estimate import Estimator, Split
-from jax_sft.model.types import DecoderConfig
+from jax_sft.model.causal_lm import CausalLM
+from jax_sft.model.decoder import logical_axes
 from jax_sft.planned_step import PlannedStep
+from jax_sft.sharding import divides
 from jax_sft.topology import GIB, Topology
 
 MOST_PLANNED = 12
@@ -58,8 +62,7 @@ def search(
         plan: plans the step of a config, exactly.
         most: how many steps are planned at most.
     """
-    decoder = estimator.model.decoder.config
-    ways = list(find_splits(config, topology, decoder))
+    ways = list(find_splits(config, topology, estimator.model))
     usable = topology.chip.usable_gib * GIB
     sizes = {split: sum(estimator.memory(split).values()) for split in ways}
     seconds = {split: estimator.seconds(split, topology) for split in ways}
@@ -73,31 +76,51 @@ def search(
     return Fit(None, len(ways), tried)
 
 
-def find_splits(config: SFTConfig, topology: Topology, c: DecoderConfig) -> Iterator[Split]:
-    """Yields every split that divides: rows over data and fsdp, heads and MLP over tensor.
+def find_splits(config: SFTConfig, topology: Topology, model: CausalLM) -> Iterator[Split]:
+    """Yields every split that divides: rows over data and fsdp, parameters over fsdp and tensor.
 
-    A row's tokens are only split where there are fewer rows than chips. Slices of TPUs have copies
-    of the weights; nodes of GPUs may split them.
+    A row's tokens are only split where there are fewer rows than chips.
     """
-    train, num_chips = config.train, topology.num_chips
+    num_rows = config.train.batch_size
+    for mesh in _find_meshes(config, topology, model):
+        num_ways = mesh["data"] * mesh["fsdp"]
+        needs_sequence = num_rows * mesh["tensor"] < topology.num_chips
+        if num_rows % num_ways or (mesh["sequence"] > 1 and not needs_sequence):
+            continue
+        for rows in _divisors(num_rows // num_ways):
+            for remat in _REMATS:
+                yield Split(**mesh, minibatch_size=rows * num_ways, remat=remat)
+
+
+def _find_meshes(
+    config: SFTConfig, topology: Topology, model: CausalLM
+) -> Iterator[dict[str, int]]:
+    """Yields the meshes that divide the parameters and a row, whatever the number of rows.
+
+    Slices of TPUs have copies of the weights; nodes of GPUs may split them.
+    """
+    num_chips, axes = topology.num_chips, _param_axes(model)
     num_copies = topology.num_slices if topology.platform == "tpu" else 1
     for tensor, sequence, fsdp in itertools.product(_divisors(num_chips), repeat=3):
-        if num_chips % (tensor * sequence * fsdp):
+        data, rest = divmod(num_chips, tensor * sequence * fsdp)
+        if rest or data % num_copies or tensor > _MOST_TENSOR:
             continue
-        data = num_chips // (tensor * sequence * fsdp)
-        is_whole = (
-            c.num_heads % tensor == c.mlp_width % tensor == 0
-            and c.width % fsdp == 0
-            and train.seq_length % sequence == 0
-            and train.batch_size % (data * fsdp) == 0
-            and data % num_copies == 0
-        )
-        needs_sequence = train.batch_size * tensor < num_chips
-        if not is_whole or tensor > _MOST_TENSOR or (sequence > 1 and not needs_sequence):
-            continue
-        for rows in _divisors(train.batch_size // (data * fsdp)):
-            for remat in _REMATS:
-                yield Split(data, fsdp, sequence, tensor, rows * data * fsdp, remat)
+        mesh = dict(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
+        is_whole = all(divides(mesh, size=size, axis=axis) for size, axis in axes)
+        if is_whole and config.train.seq_length % sequence == 0:
+            yield mesh
+
+
+def _param_axes(model: CausalLM) -> set[tuple[int, str | None]]:
+    """The size and meaning of every axis of every parameter."""
+    shapes, axes = logical_axes(model.decoder)
+    structs = jax.tree.leaves(shapes)
+    names = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return {
+        axis
+        for struct, meanings in zip(structs, names, strict=True)
+        for axis in zip(struct.shape, meanings, strict=True)
+    }
 
 
 def evolved(config: SFTConfig, split: Split) -> SFTConfig:

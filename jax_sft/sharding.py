@@ -6,7 +6,7 @@ axis names. Out: a `jax.sharding.Mesh` and `NamedSharding`s. No other file names
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -170,6 +170,15 @@ def param_sharding(
             )
         kept.append(axis)
     return named_sharding(mesh, *kept)
+
+
+def divides(sizes: Mapping[str, int], *, size: int, axis: str | None) -> bool:
+    """Whether `param_sharding` takes an axis of a parameter on a mesh of these sizes.
+
+    Key/value heads may stay whole, and a vocabulary is padded until it divides.
+    """
+    is_free = axis in ("kv_heads", "vocab")
+    return is_free or size % math.prod(sizes[name] for name in _mesh_axes(axis)) == 0
 
 
 def num_shards(mesh: Mesh, axis: str | None) -> int:

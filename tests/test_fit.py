@@ -30,10 +30,14 @@ def config_of(**sections):
     return default_sft_config().evolve(model=model, train=train, **sections)
 
 
+def estimator_of(config):
+    copies = config.evolve(mesh=dict(data=8, fsdp=1, sequence=1, tensor=1))
+    return Estimator(config, open_planned(copies, GPUS, None))
+
+
 @pytest.fixture(scope="module")
 def estimator():
-    config = config_of(mesh=dict(data=8, fsdp=1, sequence=1, tensor=1))
-    return Estimator(config, open_planned(config, GPUS, None))
+    return estimator_of(config_of())
 
 
 def split_of(**changes):
@@ -104,7 +108,7 @@ def test_bandwidth_by_hand():
 @pytest.mark.parametrize("name", ["gpu:8xH100", "gpu:16xH100", "v5e:4x4", "2xv5e:2x2"])
 def test_every_way_divides(estimator, name):
     topology, config = parse_topology(name), config_of()
-    ways = list(find_splits(config, topology, estimator.model.decoder.config))
+    ways = list(find_splits(config, topology, estimator.model))
     assert len(ways) == len(set(ways)) > 10
     for split in ways:
         assert split.data * split.fsdp * split.sequence * split.tensor == topology.num_chips
@@ -114,6 +118,25 @@ def test_every_way_divides(estimator, name):
         assert split.sequence == 1 or 16 * split.tensor < topology.num_chips
         evolved(config, split).validate()
     assert (name == "2xv5e:2x2") == all(split.data > 1 for split in ways), "copies are needed"
+
+
+NARROW = dict(model_type="opt", vocab_size=64, hidden_size=32, word_embed_proj_dim=20, ffn_dim=64)
+NARROW |= dict(num_attention_heads=4, num_hidden_layers=1, max_position_embeddings=64)
+EXPERTS = dict(
+    LLAMA, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=18
+)
+
+
+@pytest.mark.parametrize(("fields", "fsdps", "tensors"), [(NARROW, 4, 4), (EXPERTS, 8, 2)])
+def test_every_parameter_divides(fields, fsdps, tensors):
+    """Also narrow embeddings, and experts that are not as wide as the MLP."""
+    config = config_of(model=dict(config=fields))
+    model = estimator_of(config).model
+    ways = list(find_splits(config, GPUS, model))
+    assert max(split.fsdp for split in ways) == fsdps
+    assert max(split.tensor for split in ways) == tensors
+    for mesh in {tuple(split.mesh.items()) for split in ways}:
+        open_planned(config.evolve(mesh=dict(mesh)), GPUS, None).param_structs()
 
 
 @dataclasses.dataclass
@@ -139,7 +162,7 @@ def test_the_fastest_that_fits_is_found(estimator):
     found = search(config, GPUS, estimator, plan=plan)
     assert found.step is found.tried[2] and len(asked) == 3
     seconds = [estimator.seconds(split, GPUS) for split in asked]
-    ways = list(find_splits(config, GPUS, estimator.model.decoder.config))
+    ways = list(find_splits(config, GPUS, estimator.model))
     fastest = sorted(estimator.seconds(split, GPUS) for split in ways)
     assert seconds[0] <= 1.02 * fastest[0] and seconds[2] <= 1.1 * fastest[2]
 
@@ -169,9 +192,7 @@ def test_flags_ask_for_the_split():
 
 
 def test_adapters_have_few_gradients():
-    mesh = dict(data=8, fsdp=1, sequence=1, tensor=1)
-    config = config_of(model=dict(peft_config=dict(r=2)), mesh=mesh)
-    estimator = Estimator(config, open_planned(config, GPUS, None))
+    estimator = estimator_of(config_of(model=dict(peft_config=dict(r=2))))
     found = estimator.memory(split_of())
     assert 0 < found["gradients"] < found["parameters"] / 10
     full = estimator.product_seconds(split_of(), GPUS)
