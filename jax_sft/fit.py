@@ -61,8 +61,13 @@ def search(
         estimator: of the run.
         plan: plans the step of a config, exactly.
         most: how many steps are planned at most.
+
+    Raises:
+        ValueError: the rows do not divide in any way.
     """
     ways = list(find_splits(config, topology, estimator.model))
+    if not ways:
+        raise ValueError(_why_none(config, topology, estimator.model))
     usable = topology.chip.usable_gib * GIB
     sizes = {split: sum(estimator.memory(split).values()) for split in ways}
     seconds = {split: estimator.seconds(split, topology) for split in ways}
@@ -79,12 +84,12 @@ def search(
 def find_splits(config: SFTConfig, topology: Topology, model: CausalLM) -> Iterator[Split]:
     """Yields every split that divides: rows over data and fsdp, parameters over fsdp and tensor.
 
-    A row's tokens are only split where there are fewer rows than chips.
+    A row's tokens are only split where rows do not divide over the chips that tensor leaves.
     """
     num_rows = config.train.batch_size
     for mesh in _find_meshes(config, topology, model):
         num_ways = mesh["data"] * mesh["fsdp"]
-        needs_sequence = num_rows * mesh["tensor"] < topology.num_chips
+        needs_sequence = num_rows % (topology.num_chips // mesh["tensor"]) != 0
         if num_rows % num_ways or (mesh["sequence"] > 1 and not needs_sequence):
             continue
         for rows in _divisors(num_rows // num_ways):
@@ -121,6 +126,19 @@ def _param_axes(model: CausalLM) -> set[tuple[int, str | None]]:
         for struct, meanings in zip(structs, names, strict=True)
         for axis in zip(struct.shape, meanings, strict=True)
     }
+
+
+def _why_none(config: SFTConfig, topology: Topology, model: CausalLM) -> str:
+    """Says which numbers of rows would divide; the mesh of `data` alone divides all else."""
+    num_rows = config.train.batch_size
+    ways = {mesh["data"] * mesh["fsdp"] for mesh in _find_meshes(config, topology, model)}
+    below = max(num_rows // number * number for number in ways)
+    above = min(-(-num_rows // number) * number for number in ways)
+    near = f"{below} or {above}" if below else str(above)
+    return (
+        f"train.batch_size={num_rows} does not divide over the {topology.num_chips} chips of "
+        f"{topology.name}, however they are arranged: set it to {near}"
+    )
 
 
 def evolved(config: SFTConfig, split: Split) -> SFTConfig:

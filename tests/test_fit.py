@@ -115,9 +115,40 @@ def test_every_way_divides(estimator, name):
         assert split.minibatch_size % (split.data * split.fsdp) == 0 == 16 % split.minibatch_size
         assert split.tensor in (1, 2, 4)
         assert name.startswith("gpu") or split.data % topology.num_slices == 0
-        assert split.sequence == 1 or 16 * split.tensor < topology.num_chips
+        assert split.sequence == 1 or 16 % (topology.num_chips // split.tensor)
         evolved(config, split).validate()
     assert (name == "2xv5e:2x2") == all(split.data > 1 for split in ways), "copies are needed"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "mesh"),
+    [
+        ("v5e:4x4", 31, dict(data=1, fsdp=1, sequence=4, tensor=4)),
+        ("v5e-16", 18, dict(data=1, fsdp=2, sequence=2, tensor=4)),
+        ("v5e-64", 100, dict(data=1, fsdp=4, sequence=4, tensor=4)),
+    ],
+)
+def test_rows_that_do_not_divide_are_cut(estimator, name, num_rows, mesh):
+    """Even where there are more of them than chips."""
+    config = config_of(train=dict(batch_size=num_rows))
+    ways = list(find_splits(config, parse_topology(name), estimator.model))
+    assert mesh in [split.mesh for split in ways]
+    assert all(split.sequence > 1 for split in ways)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "near"),
+    [("v5e-64", 31, "28 or 32"), ("v5e-64", 3, "4"), ("2xv5e-16", 31, "30 or 32")],
+)
+def test_rows_that_do_not_divide_in_any_way_are_an_error(name, num_rows, near):
+    """A row of 20 tokens and 4 heads are cut into 4 each, and each of two slices needs a row."""
+    config = config_of(train=dict(batch_size=num_rows, seq_length=20))
+    estimator, topology = estimator_of(config), parse_topology(name)
+    with pytest.raises(ValueError, match=f"batch_size={num_rows} does not .*: set it to {near}$"):
+        search(config, topology, estimator, plan=evolved)
+    for rows in map(int, near.split(" or ")):
+        config = config.evolve(train=dict(batch_size=rows))
+        assert list(find_splits(config, topology, estimator.model))
 
 
 NARROW = dict(model_type="opt", vocab_size=64, hidden_size=32, word_embed_proj_dim=20, ffn_dim=64)
