@@ -92,19 +92,22 @@ def plan(
     # After the flags are known to be right and the environment is set: these import JAX.
     from jax_sft.estimate import Estimator
     from jax_sft.fit import Fit, evolved, search
-    from jax_sft.planned_step import open_planned, plan_sampler, plan_step
+    from jax_sft.planned_step import find_sampling, open_planned, plan_sampler, plan_step
 
     start = time.perf_counter()
     devices = make_devices(topology)
+    alone = Topology(topology.name, topology.chip, topology.platform, (1,))
+    one = config.evolve(mesh=dict(data=1, fsdp=1, sequence=1, tensor=1))
+    model = open_planned(one, alone, None)
+    if num_prompts and devices is not None:
+        find_sampling(config, model)  # a mistake in it is to cost no search
     # The compiler uses one core for most of its work.
     with as_if_here(topology), ThreadPoolExecutor() as pool:
         sampler = None
         if num_prompts and devices is not None and not fit:
             sampler = pool.submit(plan_sampler, config, topology, devices, num_prompts=num_prompts)
         if fit:
-            alone = Topology(topology.name, topology.chip, topology.platform, (1,))
-            one = config.evolve(mesh=dict(data=1, fsdp=1, sequence=1, tensor=1))
-            estimator = Estimator(config, open_planned(one, alone, None))
+            estimator = Estimator(config, model)
             found = search(
                 config,
                 topology,

@@ -199,15 +199,31 @@ def plan_step(
     )
 
 
+def find_sampling(config: SFTConfig, model: CausalLM) -> tuple[Sampling, int]:
+    """Returns the run's sampling of the most new tokens, and how long prompts may be beside it.
+
+    Raises:
+        ValueError: a value of method.gen_kwargs is not as it must be, or leaves prompts no room.
+    """
+    options = [Sampling(**kwargs) for _, kwargs in sweep(config.method.gen_kwargs.to_dict())]
+    sampling = max(options, key=lambda option: option.max_new_tokens)
+    num_positions = model.decoder.config.num_positions
+    room = num_positions - sampling.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"method.gen_kwargs.max_new_tokens={sampling.max_new_tokens} leaves prompts no room in "
+            f"the model's {num_positions} positions: lower it, or leave the sampler out by "
+            "--prompts=0"
+        )
+    return sampling, min(config.train.seq_length, room)
+
+
 def plan_sampler(
     config: SFTConfig, topology: Topology, devices: Sequence[jax.Device], *, num_prompts: int
 ) -> PlannedSampler:
     """Compiles what an evaluation samples with: prompts as long as they may be."""
     model = open_planned(config, topology, devices)
-    c = model.decoder.config
-    options = [Sampling(**kwargs) for _, kwargs in sweep(config.method.gen_kwargs.to_dict())]
-    sampling = max(options, key=lambda option: option.max_new_tokens)
-    longest = min(config.train.seq_length, c.num_positions - sampling.max_new_tokens)
+    sampling, longest = find_sampling(config, model)
     num_batch_shards = num_shards(model.mesh, "batch")
     structs = make_update(config, model, num_steps=config.train.total_steps).structs
     beside = device_bytes(structs.opt_state)

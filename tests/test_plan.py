@@ -217,6 +217,17 @@ def test_a_sampler_that_the_compiler_refuses_leaves_the_plan(monkeypatch, capsys
     assert (told["sampler"]["decode"] is None) == (refused == "prefill")
 
 
+def test_answers_that_leave_prompts_no_room_cost_no_search(monkeypatch):
+    monkeypatch.setattr(planned_step, "compile_step", refuse("INTERNAL: too late"))
+    monkeypatch.setattr(plan, "make_devices", lambda _: jax.devices())
+    config = config_of(fsdp=8).evolve(method=dict(gen_kwargs=dict(max_new_tokens=32)))
+    for fit in (False, True):
+        with pytest.raises(
+            ValueError, match="max_new_tokens=32 leaves prompts no room in the .* 32"
+        ):
+            plan.plan(config, EIGHT, fit=fit, num_prompts=64)
+
+
 def test_another_error_of_the_sampler_s_compiler_is_not_hidden(monkeypatch):
     monkeypatch.setattr(planned_step, "compile_sampler", refuse_next("INTERNAL: a bug"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
