@@ -107,12 +107,17 @@ def test_two_processes_train_as_one_does(pod, straight):
     np.testing.assert_allclose(got, losses(log_lines(pod.folder / "one")), rtol=1e-5)
 
 
-def test_eight_devices_of_two_processes_go_on_as_four_of_one(pod, straight, killed):
-    mesh = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "tensor")]
-    [ended] = run(pod, "after the kill", AUTO, *mesh, num_processes=1)
+@pytest.mark.parametrize(("num_devices", "fsdp", "tensor"), [(4, 2, 2), (16, 4, 4)])
+def test_eight_devices_of_two_processes_go_on_as_fewer_or_more_of_one(
+    pod, straight, killed, num_devices, fsdp, tensor
+):
+    run_dir = f"{num_devices} devices"
+    shutil.copytree(pod.folder / "after the kill", pod.folder / run_dir)
+    mesh = [f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+    [ended] = run(pod, run_dir, AUTO, *mesh, num_processes=1, num_devices=num_devices)
     assert ended.code == 0, ended.err
-    assert "at step 3" in ended.out and "tensor=2 (4 x" in ended.out
-    got = losses(log_lines(pod.folder / "after the kill"))
+    assert "at step 3" in ended.out and f"tensor={tensor} ({num_devices} x" in ended.out
+    got = losses(log_lines(pod.folder / run_dir))
     assert len(got) == NUM_STEPS
     np.testing.assert_allclose(got, losses(log_lines(straight)), rtol=1e-5)
 
