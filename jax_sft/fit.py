@@ -36,7 +36,7 @@ class Fit:
 
     Attributes:
         step: the fastest step that fits; None if none did.
-        num_ways: how many ways there were.
+        num_ways: how many ways were ranked.
         tried: those that were planned exactly, in order.
     """
 
@@ -68,33 +68,47 @@ def search(
     ways = list(find_splits(config, topology, estimator.model))
     if not ways:
         raise ValueError(_why_none(config, topology, estimator.model))
-    usable = topology.chip.usable_gib * GIB
-    sizes = {split: sum(estimator.memory(split).values()) for split in ways}
-    seconds = {split: estimator.seconds(split, topology) for split in ways}
-    ranked = _rank(config, ways, seconds, sizes)
-    tried: list[PlannedStep] = []
-    for split in [split for split in ranked if sizes[split] <= usable * _DOUBT][:most]:
-        step = plan(evolved(config, split))
-        tried.append(step)
-        if step.fits:
-            return Fit(step, len(ways), tried)
-    return Fit(None, len(ways), tried)
+    num_ways, tried = 0, []
+    for some in (
+        [split for split in ways if not _cuts_needlessly(config, topology, split)],
+        [split for split in ways if _cuts_needlessly(config, topology, split)],
+    ):
+        num_ways += len(some)
+        for split in _promising(config, topology, estimator, some)[: most - len(tried)]:
+            step = plan(evolved(config, split))
+            tried.append(step)
+            if step.fits:
+                return Fit(step, num_ways, tried)
+    return Fit(None, num_ways, tried)
 
 
 def find_splits(config: SFTConfig, topology: Topology, model: CausalLM) -> Iterator[Split]:
-    """Yields every split that divides: rows over data and fsdp, parameters over fsdp and tensor.
-
-    A row's tokens are only split where rows do not divide over the chips that tensor leaves.
-    """
+    """Yields every split that divides: rows over data and fsdp, parameters over fsdp and tensor."""
     num_rows = config.train.batch_size
     for mesh in _find_meshes(config, topology, model):
         num_ways = mesh["data"] * mesh["fsdp"]
-        needs_sequence = num_rows % (topology.num_chips // mesh["tensor"]) != 0
-        if num_rows % num_ways or (mesh["sequence"] > 1 and not needs_sequence):
+        if num_rows % num_ways:
             continue
         for rows in _divisors(num_rows // num_ways):
             for remat in _REMATS:
                 yield Split(**mesh, minibatch_size=rows * num_ways, remat=remat)
+
+
+def _cuts_needlessly(config: SFTConfig, topology: Topology, split: Split) -> bool:
+    """Whether tokens of a row are split although rows divide over the chips that tensor leaves."""
+    divides_whole = config.train.batch_size % (topology.num_chips // split.tensor) == 0
+    return split.sequence > 1 and divides_whole
+
+
+def _promising(
+    config: SFTConfig, topology: Topology, estimator: Estimator, ways: Sequence[Split]
+) -> list[Split]:
+    """Those that arithmetic does not find far too large, fastest first."""
+    usable = topology.chip.usable_gib * GIB
+    sizes = {split: sum(estimator.memory(split).values()) for split in ways}
+    seconds = {split: estimator.seconds(split, topology) for split in ways}
+    ranked = _rank(config, ways, seconds, sizes)
+    return [split for split in ranked if sizes[split] <= usable * _DOUBT]
 
 
 def _find_meshes(
