@@ -26,11 +26,11 @@ TINY = dict(model_type="gpt2", n_layer=1, n_embd=16, n_head=2, n_positions=32, v
 TINY |= dict(bos_token_id=0, eos_token_id=0)
 
 
-def config_of(**mesh):
+def config_of(fields=TINY, **mesh):
     sizes = dict(data=1, fsdp=1, sequence=1, tensor=1) | mesh
-    return tiny_config(
-        "run", model=dict(init="random", config=TINY), mesh=sizes, train=dict(batch_size=8)
-    )
+    config = tiny_config("run", model=dict(init="random"), mesh=sizes, train=dict(batch_size=8))
+    config.model.config = fields
+    return config
 
 
 @pytest.fixture
@@ -64,12 +64,25 @@ def refuse_next(words):
     return programs
 
 
+SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = dict(SIZES, model_type="llama", num_key_value_heads=2, vocab_size=65)
+MIXTRAL = dict(LLAMA, model_type="mixtral", num_local_experts=2, vocab_size=64)
+BFLOAT16 = dict(model=dict(param_dtype="bfloat16"), optimizer=dict(state_dtype="bfloat16"))
+LORA = dict(param_dtype="bfloat16", peft_config=dict(r=2, target_modules="all-linear"))
+
+
 @pytest.mark.parametrize(
-    "sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, sequence=4)], ids=str
+    ("fields", "sizes", "changes"),
+    [
+        (TINY, dict(fsdp=8), {}),
+        (LLAMA, dict(fsdp=2, tensor=4), dict(model=LORA)),
+        (MIXTRAL, dict(data=2, fsdp=2, sequence=2), BFLOAT16),
+    ],
+    ids=["gpt2", "llama, adapters", "mixtral, bfloat16"],
 )
-def test_bytes_of_the_state_are_those_of_a_real_one(sizes, monkeypatch):
+def test_bytes_of_the_state_are_those_of_a_real_one(fields, sizes, changes, monkeypatch):
     monkeypatch.setattr(planned_step, "compile_step", refuse("Used 22.50G of 15.75G hbm"))
-    config = config_of(**sizes)
+    config = config_of(fields, **sizes).evolve(**changes)
     step = plan_step(config, EIGHT, jax.devices())
     model = open_model(config, None)
     model.init(0)
@@ -257,7 +270,7 @@ def test_the_planned_sampler_is_the_one_that_runs():
         prompts_BP = np.pad(np.array(prompts, np.int32), ((0, 0), (0, 13)))
         lengths_B, rows_B = np.full(8, 3, np.int32), np.arange(8, dtype=np.int32)
         state = prefill(model.params, prompts_BP, lengths_B)
-        state = decode(model.params, rows_B, 0, state, lengths_B, np.int32(4))
+        state = decode(model.params, rows_B, np.uint32(0), state, lengths_B, np.int32(4))
     assert [[i for i in row if i >= 0] for row in state.answer_BG.tolist()] == expected
 
 
