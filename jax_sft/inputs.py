@@ -103,6 +103,7 @@ def tokenize(
         ValueError: a sample is not as it must be.
     """
     config = default_sft_config() if config is None else config
+    tokenizer = find_tokenizer(config, tokenizer)
     return _tokenize(config, _Opened(_read(config, samples)), tokenizer).examples
 
 
@@ -198,15 +199,21 @@ def _tokenizer_home(model_path: str) -> str | Path:
 
 def _check_held_out(config: SFTConfig) -> None:
     data = config.data
-    trained = {source for source, _ in _mixture(data.train)}
+    trained = {_place_of(source) for source, _ in _mixture(data.train)}
     same_split = data.eval_split in (None, data.split)
     for source in _named(data.eval).values():
-        if source in trained and same_split:
+        if _place_of(source) in trained and (same_split or Path(source).is_file()):
             raise ValueError(
                 f"data.eval is {source!r}, as data.train is, so that it would measure what "
                 "was trained: set it to held-out samples, data.eval_split to another split of a "
                 "hub dataset, or None"
             )
+
+
+def _place_of(source: str) -> str | Path:
+    """A source's name, or the path it is whatever way it is written."""
+    path = Path(source).expanduser()
+    return path.resolve() if path.exists() else source
 
 
 def _mixture(train: str | Sequence) -> list[tuple[str, float]]:
@@ -269,10 +276,12 @@ def _load_evals(
         named = eval_samples if isinstance(eval_samples, dict) else {"": eval_samples}
         found = {name: _Opened(_read(config, samples)) for name, samples in named.items()}
     else:
-        split = data.eval_split or data.split
-        found = {
-            name: _find(config, source, split=split) for name, source in _named(data.eval).items()
-        }
+        found = {}
+        for name, source in _named(data.eval).items():
+            # data.split is of the training data, and a file has none but "train".
+            is_file = Path(source).expanduser().is_file()
+            split = data.eval_split or ("train" if is_file else data.split)
+            found[name] = _find(config, source, split=split)
     evals = {}
     for name, samples in found.items():
         evals[name] = _tokenize(config, samples, tokenizer)
@@ -371,8 +380,8 @@ def _find_prompts(
         if tokenizer.bos_token is None:
             return None
         source = [tokenizer.bos_token] * config.train.batch_size
-    if not isinstance(source, str) and not len(source):  # the way to ask for none
-        return None
+    if hasattr(source, "__len__") and not len(source) and not isinstance(source, str):
+        return None  # the way to ask for none
     prompts, metadata = load_eval_prompts(source)
     taken = sorted({"samples", "prompts", "outputs"} & set(metadata))
     if taken:

@@ -60,6 +60,17 @@ def test_what_was_trained_does_not_measure(tmp_path):
     source = str(tmp_path / "texts.txt")
     with pytest.raises(ValueError, match="data.eval is .*texts.txt', as data.train is"):
         load(tiny_config("run", data=dict(train=source, eval=source)), samples=None)
+    other = dict(eval=f"{tmp_path}/./texts.txt", eval_split="test")
+    with pytest.raises(ValueError, match="data.eval is .*texts.txt', as data.train is"):
+        load(tiny_config("run", data=dict(train=source, **other)), samples=None)
+
+
+def test_the_split_of_the_training_data_is_not_that_of_an_eval_file(tmp_path):
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n" * 10)
+    data = dict(train=f"{tmp_path}/train.txt", eval=f"{tmp_path}/held_out.txt")
+    inputs = load(tiny_config("run", data=data | dict(split="train[:20%]")), samples=None)
+    assert inputs.train.counts.kept == 2 and inputs.evals[""].counts.kept == 10
 
 
 def test_metadata_may_not_take_the_names_that_metric_fn_is_given():
@@ -67,7 +78,14 @@ def test_metadata_may_not_take_the_names_that_metric_fn_is_given():
         load(tiny_config("run"), eval_prompts=[{"prompt": "a", "outputs": "b"}])
 
 
+def test_prompts_that_cannot_be_counted_are_named():
+    with pytest.raises(ValueError, match="eval_prompts is a generator, which cannot be indexed"):
+        load(tiny_config("run"), eval_prompts=(text for text in "ab"))
+
+
 def test_a_path_is_no_tokenizer():
+    with pytest.raises(ValueError, match="tokenizer is a str: pass a transformers tokenizer"):
+        jax_sft.tokenize(["a"], "folder")
     with pytest.raises(ValueError, match="tokenizer is a str: pass a transformers tokenizer"):
         find_tokenizer(tiny_config("run"), "folder")
 

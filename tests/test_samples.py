@@ -1,5 +1,6 @@
 """Whatever users hand in is read, or named in one line that says what is wrong with it."""
 
+import collections
 import gzip
 import hashlib
 import json
@@ -8,6 +9,7 @@ import re
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 
 from jax_sft.data import sources, text_files
@@ -739,3 +741,110 @@ def test_eval_prompts_and_their_metadata(tmp_path):
 )
 def test_wrong_eval_prompts_are_named(prompts, problem):
     assert problem in error_of(load_eval_prompts, prompts)
+
+
+# Tables, and what else `datasets` reads
+
+
+def write_table(path, *texts):
+    rows = [{"text": text} for text in texts]
+    if path.suffix == ".csv":
+        write(path, "text", *texts)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    os.utime(path, (10**9, 10**9))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "folder/train.csv", "folder/train.parquet"])
+def test_a_table_that_changed_is_read_anew_though_its_time_did_not(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    source = str(path.parent if "/" in name else path)
+    write_table(path, "old")
+    assert texts(load_samples(source)) == [["old"]]
+    write_table(path, "new")
+    assert texts(load_samples(source)) == [["new"]]
+
+
+def test_a_folder_of_csv_is_its_files(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train-1.csv", "text,label", "007,1", "NA,2")
+    write(folder / "train-2.csv", "text,label", '"a', 'b",1', "null,1.50")
+    samples = load_samples(str(folder))
+    assert texts(samples) == [["007"], ["NA"], ["a\nb"], ["null"]]
+    assert [sample.origin for sample in samples] == [
+        *("train-1.csv line 2", "train-1.csv line 3", "train-2.csv line 2", "train-2.csv line 4")
+    ]
+    assert len(load_samples(str(folder), filter="label == 1")) == 2
+    write(folder / "train-2.csv", "text,label", "a,b,c")
+    assert "train-2.csv line 2: 3 cells, but 2 columns" in error_of(load_samples, str(folder))
+
+
+def test_a_folder_of_text_is_its_files(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train-1.txt", "a", "", "b")
+    write(folder / "train-2.txt", "", "c")
+    samples = load_samples(str(folder))
+    assert texts(samples) == [["a"], ["b"], ["c"]] and samples.dropped == {"blank_line": 2}
+    assert samples[2].origin == "train-2.txt line 2"
+
+
+def test_a_file_is_split_as_a_folder_is(tmp_path):
+    path = write(tmp_path / "a.jsonl", *(json.dumps({"text": text}) for text in "abcde"))
+    assert texts(load_samples(path, split="train[:40%]")) == [["a"], ["b"]]
+    assert load_samples(path, split="train[4:]")[0].origin == "a.jsonl line 5"
+    assert "data.split is 'test'" in error_of(load_samples, path, split="test")
+
+
+def test_images_beside_the_text_are_left_as_they_are(tmp_path):
+    def columns(decode):
+        image = datasets.Image(decode=decode)
+        text = datasets.Value("string")
+        return datasets.Features(text=text, image=image, more=datasets.List(image))
+
+    picture = {"bytes": b"no picture", "path": None}
+    rows = [{"text": "a", "image": picture, "more": [picture]}]
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    kinds = datasets.Features(columns(False), image=plain, more=datasets.List(plain))
+    table = datasets.Dataset.from_list(rows, features=kinds).cast(columns(True))
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    sources_of_it = [table, str(tmp_path / "saved"), str(tmp_path / "a.parquet")]
+    for source in sources_of_it:
+        read = load_samples if isinstance(source, str) else read_samples
+        assert texts(read(source)) == [["a"]]
+
+
+def test_sequences_without_slices_are_read_too():
+    assert texts(read_samples(collections.deque(["a", "b"]))) == [["a"], ["b"]]
+
+
+def test_tables_of_other_libraries_are_named(tmp_path):
+    table = pyarrow.table({"text": ["a"]})
+    message = "samples is a Table; pass datasets.Dataset.from_dict(samples.to_pydict())"
+    assert error_of(read_samples, table) == message
+
+
+def test_keys_that_are_no_texts_are_named():
+    assert "samples[1] has the fields ['1', 'q']" in bad_row([{"text": "p"}, {1: "B", "q": "x"}])[0]
+
+
+def test_a_file_of_functions_may_have_dataclasses(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from typing import ClassVar\n@dataclass\nclass A:\n    y: ClassVar[int] = 3\n"
+        "def rows():\n    return [str(A.y)]\n"
+    )
+    assert load_function(f"{tmp_path}/own.py:rows")() == ["3"]
+    assert "'./own' is no module's name; write module:rows" in error_of(load_function, "./own:rows")
+
+
+def test_of_a_dialogue_the_last_output_alone_may_be_trained():
+    dialogue = ["p", "o", "q", "r"]
+    for sample in (dialogue, {"prompt": dialogue[:3], "output": "r"}):
+        [read] = read_samples([sample], train_turns="last")
+        assert [turn.weight for turn in read.content] == [0, 0, 0, 1]
+    message = error_of(read_samples, [dialogue], train_turns="flagged")
+    assert "data.train_turns is 'flagged', but the samples are dialogue rows" in message

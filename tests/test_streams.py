@@ -7,6 +7,7 @@ import re
 import tracemalloc
 
 import datasets
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -225,3 +226,35 @@ def test_a_stream_of_a_large_file_takes_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000, "the file has 20 MB"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".txt"])
+def test_a_streamed_folder_of_tables_or_texts_is_the_folder(tmp_path, suffix):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    head = ["text"] * (suffix == ".csv")
+    for name, lines in [("a", ["1", "2"]), ("b", ["NA", "", "3"])]:
+        (folder / f"{name}{suffix}").write_text("\n".join([*head, *lines, ""]))
+    stream, loaded = open_stream(str(folder)), load_samples(str(folder))
+    rows = list(stream.rows_from(0))
+    assert [row for _, row in rows] == loaded.rows_in(0, 5)
+    for number, (index, _) in enumerate(rows):
+        assert list(stream.rows_from(index)) == rows[number:]
+        assert list(stream.rows_from(index + 1)) == rows[number + 1 :]
+
+
+def test_what_is_no_stream_of_rows_is_named(tmp_path):
+    table = pyarrow.table({"text": ["a"]})
+    with pytest.raises(ValueError, match="samples is a Table; pass datasets.Dataset.from_dict"):
+        open_stream(table)
+    (tmp_path / "a.txt").write_text("a\n")
+    with pytest.raises(ValueError, match="data.split is 'test', but a file that is streamed is"):
+        open_stream(str(tmp_path / "a.txt"), split="test")
+
+
+def test_options_say_what_rows_there_are_and_what_they_hold():
+    rows = [{"text": "a", "label": 1}] * 3
+    options = [{}, dict(filter="label == 1"), dict(max_samples=2), dict(template="{text}!")]
+    said = [open_stream(rows, **option).options for option in options]
+    assert len(set(said)) == len(said)
+    assert said == [open_stream(list(rows), **option).options for option in options]

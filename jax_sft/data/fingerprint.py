@@ -20,7 +20,7 @@ import numpy as np
 
 import jax_sft
 from jax_sft.data.samples import names_function
-from jax_sft.data.sources import RowNames, find_source, json_splits, open_dataset
+from jax_sft.data.sources import RowNames, file_splits, find_source, open_dataset
 from jax_sft.data.types import Samples
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def source_fingerprint(
     place = find_source(source, format=format)
     if place.what == "file":
         content = _file_digest(place.path)
-    elif splits := json_splits(place, split):
+    elif splits := file_splits(place, split):
         wanted = {split: splits[split]} if split in splits else splits
         content = [
             [name, [[str(path), _file_digest(path)] for path in paths]]

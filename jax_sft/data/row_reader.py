@@ -87,12 +87,20 @@ class RowReader:
         if self.template is not None:
             self._check_template(rows, origins)
         if self.format is not None:
-            return self
+            return self._checked()
         for fields_count in (_filled, _present):
             fits = (self._formats_of(row, fields_count)[:1] for row in rows)
             if found := Counter(format for formats in fits for format in formats):
-                return replace(self, format=found.most_common(1)[0][0])
+                return replace(self, format=found.most_common(1)[0][0])._checked()
         raise self._unknown(rows[0], origins[0])
+
+    def _checked(self) -> RowReader:
+        if self.train_turns == "flagged" and self.format in ("text", "dialogue"):
+            raise ValueError(
+                f"data.train_turns is 'flagged', but the samples are {self.format} rows, which have"
+                " no flags: pass messages with a train flag, or set it to 'all'"
+            )
+        return self
 
     def content(self, row: Any, origin: str) -> Content:
         """The turns, conversation or tokens of a row that origin names.
@@ -134,7 +142,13 @@ class RowReader:
             row, origin = row[self.text_field], _field(origin, self.text_field)
         if not is_list(row) or is_messages(row):
             raise self._other(row, origin)
-        return _turns(row, origin)
+        return self._chosen(_turns(row, origin))
+
+    def _chosen(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        """The turns of a dialogue, of whose outputs the last alone may be meant."""
+        if self.train_turns != "last":
+            return turns
+        return (*(replace(turn, weight=0.0) for turn in turns[:-1]), turns[-1])
 
     def _prompt_output(self, row: Any, origin: str) -> Content:
         prompt_field, output_field = self._pair_in(row)
@@ -147,7 +161,7 @@ class RowReader:
         if is_messages(prompt) or is_messages(output):
             return self._prompted_conversation(prompt, output, row, origin)
         if is_list(prompt):
-            return _turns([*prompt, output], origin)
+            return self._chosen(_turns([*prompt, output], origin))
         asked = as_text(prompt, _field(origin, prompt_field))
         return Turn(asked, 0.0), _answer(output, _field(origin, output_field))
 
@@ -236,7 +250,8 @@ class RowReader:
                 reason="missing_field",
             )
         raise BadRow(
-            f"{origin} has the fields {sorted(row)}, but not {missing[0]!r}; {self._remedy(row)}",
+            f"{origin} has the fields {sorted(map(str, row))}, but not {missing[0]!r}; "
+            f"{self._remedy(row)}",
             reason="missing_field",
         )
 

@@ -42,8 +42,8 @@ def check_references(template: str, row: Mapping[str, Any], origin: str) -> None
     for _, field, spec, conversion in parse_template(_chosen(template, row)):
         if field is not None and (spec or conversion or field not in row):
             raise BadRow(
-                f"data.template refers to {{{field}}}, but {origin} has the fields {sorted(row)}; "
-                "write plain {field} references, and {{ }} for braces",
+                f"data.template refers to {{{field}}}, but {origin} has the fields "
+                f"{sorted(map(str, row))}; write plain {field} references, and {{ }} for braces",
                 reason="missing_field",
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jax_sft.data.json_lines import JoinedRows, JsonLines
 from jax_sft.data.row_checks import short
 from jax_sft.data.row_filter import RowFilter
 from jax_sft.data.row_reader import RowReader, read_prompt
-from jax_sft.data.sources import FIRST_ROWS, RowNames, Rows, load_rows
+from jax_sft.data.sources import FIRST_ROWS, RowNames, Rows, load_rows, undecoded
 from jax_sft.data.types import BadRow, Conversation, Samples
 
 
@@ -167,8 +168,8 @@ def load_eval_prompts(
             metadata = {key: [] for key in row}
         if row.keys() != metadata.keys():
             raise ValueError(
-                f"{name(index)} has the keys {sorted(row)} beside its prompt, {name(0)} has "
-                f"{sorted(metadata)}; give every prompt the same keys"
+                f"{name(index)} has the keys {sorted(map(str, row))} beside its prompt, {name(0)} "
+                f"has {sorted(map(str, metadata))}; give every prompt the same keys"
             )
         for key, extra in row.items():
             metadata[key].append(extra)
@@ -194,7 +195,7 @@ def _prompt_and_metadata(
     field = next((name for name in ("prompt", "messages") if row.get(name) is not None), "prompt")
     if field not in row:
         raise ValueError(
-            f'{origin} has keys {sorted(row)}; it needs the key "prompt" or "messages"'
+            f'{origin} has keys {sorted(map(str, row))}; it needs the key "prompt" or "messages"'
         )
     is_chat = field == "messages" or is_messages(row[field])
     prompt = row.pop(field)
@@ -212,9 +213,15 @@ def load_function(spec: str) -> Callable[..., Any]:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ValueError(f"{spec!r} names no function; write module:function or file.py:function")
+    is_file = place.endswith(".py")
+    if not is_file and not all(part.isidentifier() for part in place.split(".")):
+        raise ValueError(
+            f"{spec!r}: {place!r} is no module's name; write module:{name}, or "
+            f"path/to/file.py:{name}"
+        )
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else None
-        module = module or importlib.import_module(place)
+        path = Path(place).expanduser()
+        module = _import_file(path) if is_file else importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{spec!r}: no module named {error.name!r}; install it, or write path/to/file.py:{name}"
@@ -228,8 +235,9 @@ def load_function(spec: str) -> Callable[..., Any]:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; pass path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"of_user.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for what their annotations name
     spec.loader.exec_module(module)
     return module
 
@@ -254,18 +262,33 @@ def as_sequence(samples: Any, *, what: str = "samples") -> Sequence[Any]:
             f"{what} is an IterableDataset, which has no length; set data.streaming to True, or "
             "pass datasets.Dataset.from_generator"
         )
-    if hasattr(samples, "iterrows"):
-        raise ValueError(f"{what} is a DataFrame; pass datasets.Dataset.from_pandas({what})")
+    check_no_frame(samples, what)
     if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
         raise ValueError(
             f"{what} is a {type(samples).__name__}, which cannot be indexed; make it a list"
         )
     if _is_table(samples):
-        return samples.with_format(None)
+        return undecoded(samples.with_format(None))
     if hasattr(samples, "tolist"):  # numpy, pandas
         return samples.tolist()
-    is_indexed = isinstance(samples, Sequence)
-    return samples if is_indexed else [samples[index] for index in range(len(samples))]
+    return samples if _has_slices(samples) else [samples[index] for index in range(len(samples))]
+
+
+def check_no_frame(samples: Any, what: str) -> None:
+    """Raises ValueError for a table of another library, which gives its columns' names for rows."""
+    if hasattr(samples, "columns") and not _is_table(samples):
+        kind = type(samples).__name__
+        made = "from_pandas" if hasattr(samples, "iterrows") else "from_dict"
+        given = what if hasattr(samples, "iterrows") else f"{what}.to_pydict()"
+        raise ValueError(f"{what} is a {kind}; pass datasets.Dataset.{made}({given})")
+
+
+def _has_slices(samples: Any) -> bool:
+    """Whether several samples can be asked for at once; a deque, say, gives one at a time."""
+    try:
+        return isinstance(samples, Sequence) and samples[0:0] is not None
+    except TypeError:
+        return False
 
 
 def _is_table(rows: Any) -> bool:
@@ -326,7 +349,7 @@ def _matching(rows: Rows, keep: RowFilter, max_samples: int | None) -> tuple[lis
             num_passed = index
             break
         if rows.are_sparse and isinstance(row, Mapping):
-            first = first or (rows.name(index), sorted(row))
+            first = first or (rows.name(index), sorted(map(str, row)))
             lacking -= row.keys()
             row = dict.fromkeys(keep.fields) | row
         if keeps(keep, row, rows.name(index), are_cells=rows.are_cells):
@@ -351,7 +374,7 @@ def keeps(keep: RowFilter, row: Any, origin: str, *, are_cells: bool) -> bool:
     if not isinstance(row, Mapping):
         raise ValueError(f"{origin} is no row with fields; set data.filter to None")
     if absent := sorted(keep.fields - row.keys()):
-        raise _no_field(absent[0], origin, sorted(row))
+        raise _no_field(absent[0], origin, sorted(map(str, row)))
     if are_cells:
         row = {field: Cell(row[field]) for field in keep.fields}
     try:

@@ -2,16 +2,17 @@
 
 What comes in is a path or a hub name, what goes out are rows and a name for each that
 a person can find ("reviews.jsonl line 12"). Tables are read with `datasets`, which keeps
-them on disk, as JSONL files stay, alone or in a folder; a file that cannot be read is an
-error that names the file and the line.
+them on disk, as JSONL files stay. JSON, CSV and text in a folder are read as each file is
+alone; a file that cannot be read is an error that names the file and the line.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,8 +134,7 @@ def find_source(source: str, *, format: str | None = None) -> Place:
         raise ValueError(f"{source}: the root of all folders is no source; pass {others}")
     if path.is_dir():
         return Place("folder", str(path))
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    by_name = _FORMATS.get(suffixes[-1]) if suffixes else None
+    by_name = _kind_of(path)
     if not path.exists() and "://" not in source:
         if glob.has_magic(source):
             raise ValueError(
@@ -169,15 +169,24 @@ def load_rows(
         ValueError: there is nothing under this name, or it cannot be read.
     """
     place = find_source(source, format=format)
-    path = place.path
-    if splits := json_splits(place, split):
-        return _load_folder(place, splits, split)
+    if splits := file_splits(place, split):
+        return _load_folder(place, splits, split, num_proc=num_proc)
     if place.what in ("folder", "hub"):
         table = open_dataset(place, split=split, num_proc=num_proc)
         return Rows(place.source, table, names_of(place))
     if place.what == "url":
         return Rows(source, open_dataset(place, num_proc=num_proc), names_of(place))
-    state = state_of(path)
+    rows = _load_file(place, num_proc=num_proc)
+    if split == "train":
+        return rows
+    indices = _sliced(place, split, {"train": 0}, len(rows.values))
+    has_own = hasattr(rows.values, "select")
+    values = rows.values.select(indices) if has_own else [rows.values[i] for i in indices]
+    return replace(rows, values=values, name=rows.name.of(indices))
+
+
+def _load_file(place: Place, *, num_proc: int) -> Rows:
+    path, state = place.path, state_of(place.path)
     if place.kind == "text":
         rows = _load_lines(path)
     elif "json" in place.kind:
@@ -221,13 +230,46 @@ def open_dataset(
     with readable(place):
         if saved := _saved_dataset(place, split):
             table = load_from_disk(str(saved))
-            return table.to_iterable_dataset() if streaming else table
+            return undecoded(table.to_iterable_dataset() if streaming else table)
+        if files := _parquet_splits(place):
+            options |= {"name": _version(file for some in files.values() for file in some)}
+            table = load_dataset("parquet", data_files=files, split=split, **options)
+            return undecoded(table)
         if place.what in ("folder", "hub"):
-            return load_dataset(source, split=split, **options)
+            return undecoded(load_dataset(source, split=split, **options))
         if place.kind == "csv":
             options |= _csv_options(columns)
+        if place.what == "file":
+            options |= {"name": _version([source])}
         builder = _BUILDERS[place.kind]
-        return load_dataset(builder, data_files=source, split="train", **options)
+        return undecoded(load_dataset(builder, data_files=source, split="train", **options))
+
+
+def undecoded(table: Any) -> Any:
+    """Leaves images and sounds as they are: no text needs them, and they need packages."""
+    if not hasattr(table, "__len__"):
+        return table.decode(False)
+    features = {name: _undecoded(feature) for name, feature in table.features.items()}
+    changed = {name: new for name, new in features.items() if new != table.features[name]}
+    return table.cast(type(table.features)(features)) if changed else table
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's kind without decoding, in lists too."""
+    if getattr(feature, "decode", False):
+        return replace(feature, decode=False)
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else replace(feature, feature=_undecoded(inner))
+
+
+def _version(files: Iterable[str]) -> str:
+    """What changes when files do, which `datasets` keeps what it made of them under.
+
+    By itself it looks at the time that a file was written at, which copying may set back.
+    """
+    states = [(file, os.stat(file)) for file in files]
+    said = [(file, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in states]
+    return hashlib.blake2b(repr(said).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -251,12 +293,15 @@ def _saved_dataset(place: Place, split: str) -> Path | None:
     return saved
 
 
-def json_splits(place: Place, split: str) -> dict[str, list[Path]] | None:
-    """The files of each split that `datasets` finds in a folder of JSON; None for other places.
+def file_splits(place: Place, split: str) -> dict[str, list[Path]] | None:
+    """The files of each split that `datasets` finds in a folder of JSON, CSV or text.
 
     Args:
         place: where the rows are.
         split: the one that is asked for.
+
+    Returns:
+        Files by the split's name; None for other places.
 
     Raises:
         ValueError: there are no files of data in the folder, or it is a saved dataset without
@@ -264,28 +309,46 @@ def json_splits(place: Place, split: str) -> dict[str, list[Path]] | None:
     """
     if place.what != "folder":
         return None
-    from datasets import load_dataset_builder
-    from datasets.packaged_modules.json.json import Json
-
     with readable(place):
         if _saved_dataset(place, split):
             return None
-        builder = load_dataset_builder(os.path.abspath(place.source))  # "." has no name
-    if not isinstance(builder, Json) or builder.config.field is not None:
-        return None
-    splits = {
+        splits = _found_by_datasets(place, "json", "csv", "text")
+    files = [path for paths in splits.values() for path in paths]
+    is_plain = all(path.is_file() and _kind_of(path) not in (None, "parquet") for path in files)
+    return splits if files and is_plain else None
+
+
+def _found_by_datasets(place: Place, *builders: str) -> dict[str, list[Path]]:
+    """The files of each split of a folder that `datasets` would read with one of its builders."""
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from datasets.packaged_modules.text.text import Text
+
+    kinds = {"csv": Csv, "json": Json, "parquet": Parquet, "text": Text}
+    builder = load_dataset_builder(os.path.abspath(place.source))  # "." has no name
+    is_meant = isinstance(builder, tuple(kinds[name] for name in builders))
+    if not is_meant or getattr(builder.config, "field", None) is not None:
+        return {}
+    return {
         str(name): [Path(file) for file in files]
         for name, files in builder.config.data_files.items()
     }
-    files = [path for paths in splits.values() for path in paths]
-    is_plain = all(path.is_file() and _json_kind(path) for path in files)
-    return splits if is_plain else None
 
 
-def _json_kind(path: Path) -> str | None:
-    """The kind that a JSON file's name tells; None for a name of something else."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(suffix)
+def _parquet_splits(place: Place) -> dict[str, list[str]]:
+    """The files of each split of a folder of Parquet; none for other places."""
+    if place.what != "folder":
+        return {}
+    splits = _found_by_datasets(place, "parquet")
+    are_here = all(path.is_file() for paths in splits.values() for path in paths)
+    return {name: [str(path) for path in paths] for name, paths in splits.items() if are_here}
+
+
+def _kind_of(path: Path) -> str | None:
+    """The kind that a file's name tells, gzipped or not."""
+    return _FORMATS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
 
 def _csv_options(columns: Sequence[str] | None) -> dict[str, Any]:
@@ -355,24 +418,26 @@ def _load_json(path: Path, kind: str) -> Rows:
     return Rows(str(path), values, RowNames(f"{path.name} row "), are_sparse=True)
 
 
-def _load_folder(place: Place, splits: dict[str, list[Path]], split: str) -> Rows:
+def _load_folder(place: Place, splits: dict[str, list[Path]], split: str, *, num_proc: int) -> Rows:
     """The rows of a split, or of what it names of the splits, as train[:10%] does."""
     wanted = {split: splits[split]} if split in splits else splits
-    parts, numbers, starts = [], [], {}
+    parts, numbers, starts, num_blank, are_cells = [], [], {}, 0, False
     for name, paths in wanted.items():
         starts[name] = sum(map(len, parts))
         for path in paths:
-            rows = _load_json(path, _json_kind(path))
+            rows = _load_file(Place("file", str(path), _kind_of(path)), num_proc=num_proc)
             own = rows.name.numbers
             own = np.arange(len(rows.values)) if own is None else own
             numbers.append(own + (len(parts) << FILE_BITS))
             parts.append(rows.values)
+            num_blank += rows.num_blank
+            are_cells |= rows.are_cells
     files = line_names(place, [path for paths in wanted.values() for path in paths])
     values, name = JoinedRows(parts), RowNames("", numbers=np.concatenate(numbers), files=files)
     if split not in splits:
         indices = _sliced(place, split, starts, len(values))
         values, name = values.select(indices), name.of(indices)
-    return Rows(place.source, values, name, are_sparse=True)
+    return Rows(place.source, values, name, num_blank, are_cells, are_sparse=True)
 
 
 def _sliced(place: Place, split: str, starts: dict[str, int], end: int) -> np.ndarray:
@@ -381,24 +446,29 @@ def _sliced(place: Place, split: str, starts: dict[str, int], end: int) -> np.nd
 
     ends = [*starts.values(), end][1:]
     lens = {name: end - starts[name] for name, end in zip(starts, ends, strict=True)}
-    with readable(place):
+    try:
         spec = ReadInstruction.from_spec("+".join(starts) if split == "all" else split)
         pieces = spec.to_absolute(lens)
+    except _datasets_errors() as error:
+        raise ValueError(
+            f"{place.source}: data.split is {split!r} ({_first_line(error)}); choose one of "
+            f"{sorted(starts)}, or a part, such as {min(starts)}[:10%]"
+        ) from error
     return np.concatenate([starts[p.splitname] + np.arange(p.from_, p.to) for p in pieces])
 
 
 def line_names(place: Place, files: Sequence[Path]) -> tuple[str, ...]:
-    """What stands before a row's number in each JSON file of a folder."""
+    """What stands before a row's number in each file of a folder."""
     return tuple(
         f"{os.path.relpath(path, place.path)} "
-        f"{'line' if is_lines(path, _json_kind(path)) else 'row'} "
+        f"{'line' if is_lines(path, _kind_of(path)) else 'row'} "
         for path in files
     )
 
 
 def is_lines(path: Path, kind: str) -> bool:
-    """Whether a JSON file is a value a line, and not one array."""
-    return kind == "jsonl" or not head_of(path).startswith("[")
+    """Whether a file is a value a line, and not one JSON array."""
+    return kind != "json" or not head_of(path).startswith("[")
 
 
 def _datasets_errors() -> tuple[type[Exception], ...]:

@@ -7,6 +7,7 @@ whatever a filter keeps, so that a run that stopped at an index resumes at it ex
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -16,19 +17,19 @@ from typing import Any
 
 from jax_sft.data.row_filter import RowFilter
 from jax_sft.data.row_reader import RowReader
-from jax_sft.data.samples import keeps, load_function, names_function
+from jax_sft.data.samples import check_no_frame, keeps, load_function, names_function
 from jax_sft.data.sources import (
     FILE_BITS,
     FIRST_ROWS,
     Place,
     RowNames,
+    file_splits,
     find_source,
     is_lines,
-    json_splits,
-    line_names,
     names_of,
     open_dataset,
     readable,
+    undecoded,
 )
 from jax_sft.data.text_files import (
     check_unchanged,
@@ -60,6 +61,12 @@ class Stream:
     _keep: RowFilter | None
     _are_cells: bool
     _max_samples: int | None
+
+    @property
+    def options(self) -> str:
+        """What decides which rows there are and what they hold, beside the source."""
+        keep = None if self._keep is None else self._keep.expression
+        return repr((self.format, keep, self._max_samples, self.to_content.__self__))
 
     def rows_from(self, start: int) -> Iterator[tuple[int, Any]]:
         """Yields (index, row) for the rows that are kept, from an index on.
@@ -177,9 +184,14 @@ def _open(source: str | Iterable[Any], *, split: str, format: str | None) -> _St
             RowNames(f"{source} sample "),
         )
     place = find_source(source, format=format)
+    if place.what == "file" and split != "train":
+        raise ValueError(
+            f"{source}: data.split is {split!r}, but a file that is streamed is read whole: leave "
+            "it at 'train', or set data.streaming to False"
+        )
     if place.what == "file":
         return _open_file(place)
-    if splits := json_splits(place, split):
+    if splits := file_splits(place, split):
         if split not in splits:
             raise ValueError(
                 f"{place.source}: it has the splits {sorted(splits)}, not {split!r}: set data.split"
@@ -211,22 +223,20 @@ def _open_file(place: Place) -> _StreamedRows:
 
 
 def _open_folder(place: Place, files: Sequence[Path]) -> _StreamedRows:
-    """JSON files one after another; an index says the file, above FILE_BITS, and the line."""
-    for path in files:
-        if ".json" in path.suffixes:
-            _check_lines(path)
-    states = [state_of(path) for path in files]
+    """Files one after another; an index says the file, above FILE_BITS, and the line or row."""
+    parts = [_open_file(find_source(str(path))) for path in files]
 
     def rows_from(start: int) -> Iterator[tuple[int, Any]]:
         first, line = divmod(start, 1 << FILE_BITS)
-        for number in range(first, len(files)):
-            check_unchanged(files[number], states[number])
-            own = _lines(files[number], line if number == first else 0, is_json=True)
+        for number in range(first, len(parts)):
+            own = parts[number].rows_from(line if number == first else 0)
             yield from (((number << FILE_BITS) + index, row) for index, row in own)
-            check_unchanged(files[number], states[number])
 
-    name = RowNames("", step=1, files=line_names(place, files))
-    return _StreamedRows(place.source, rows_from, name)
+    are_cells = any(part.are_cells for part in parts)
+    what = "row" if are_cells else "line"
+    named = tuple(f"{os.path.relpath(path, place.path)} {what} " for path in files)
+    name = RowNames("", step=1, files=named)
+    return _StreamedRows(place.source, rows_from, name, are_cells)
 
 
 def _check_lines(path: Path) -> None:
@@ -268,11 +278,12 @@ def _passes(rows: Any) -> Callable[[int], Iterator[tuple[int, Any]]]:
             "IterableDataset, or an object whose __iter__ begins anew"
         )
     if hasattr(rows, "with_format"):  # of datasets
-        rows = rows.with_format(None)
+        rows = undecoded(rows.with_format(None))
     return lambda start: _counted(rows, start)
 
 
 def _iterable(rows: Any, what: str) -> Iterable[Any]:
+    check_no_frame(rows, what)
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         remedy = 'a split, as samples["train"]' if hasattr(rows, "keys") else "an IterableDataset"
         raise ValueError(f"{what} is a {type(rows).__name__}, which is no stream; pass {remedy}")
