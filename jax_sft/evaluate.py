@@ -73,8 +73,8 @@ def evaluate_prompts(
         metric_fn: None for none.
 
     Returns:
-        Metrics to log, and one table for each combination; the columns of scores stand in the
-        first process's.
+        Metrics to log, and one table for each combination, with a column for each argument that
+        is swept; the columns of scores stand in the first process's.
 
     Raises:
         ValueError: `metric_fn` returned something that is neither a number nor one a sample.
@@ -96,6 +96,9 @@ def evaluate_prompts(
             means = from_first(functools.partial(_add_scores, score, columns, len(prompts)))
             metrics |= {f"metrics/{name}{suffix}": mean for name, mean in means.items()}
             seconds["time/metric"] += time.perf_counter() - start
+        for name in gen_kwargs:
+            if isinstance(gen_kwargs[name], list | tuple):
+                columns.setdefault(name, [kwargs[name]] * len(prompts))
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         tables.append(Table(f"samples{suffix}", list(columns), rows))
     return metrics | seconds, tables

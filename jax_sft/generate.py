@@ -1,8 +1,8 @@
 """python -m jax_sft.generate --model=DIR --prompt=TEXT [--prompt=...]: prompts a model.
 
 In: a `transformers` folder, such as a run's hf_model, and prompts. Out: each prompt with its
-output, and with --chat the answer alone. Sampling is what `--max_new_tokens` and its like say;
-without a word it is greedy.
+output, and with --chat the answer alone. It is greedy, unless a temperature, top_k or top_p says
+how to sample.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--stop", action="append", default=[], help="a string that ends an output")
     parser.add_argument("--max_new_tokens", type=int, default=40)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument(
+        "--temperature", type=float, help="0 is greedy; 1 beside --top_k or --top_p, else 0"
+    )
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
@@ -38,12 +40,13 @@ def main(argv: Sequence[str]) -> None:
     prompts = args.prompt
     if args.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    samples = args.top_k > 0 or args.top_p < 1
     outputs = model.generate(
         prompts,
         stop_sequences=args.stop,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
+        temperature=float(samples) if args.temperature is None else args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         repetition_penalty=args.repetition_penalty,

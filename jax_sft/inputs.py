@@ -6,6 +6,7 @@ checked. Leaves take plain values; here, and in `train.py`, the config is unpack
 
 import dataclasses
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -139,6 +140,8 @@ def load_inputs(
             "outputs and **metadata"
         )
     prompts = _find_prompts(config, eval_prompts, tokenizer)
+    if metric_fn is not None and prompts is not None:
+        _check_takes(metric_fn, ["samples", "prompts", "outputs", *prompts[1]])
     stream = None
     if config.data.streaming:
         stream = _open_stream(config, samples, tokenizer)
@@ -156,6 +159,19 @@ def load_inputs(
         stop_sequences=tuple(stop_sequences) or tuple(config.data.stop_sequences),
         stream=stream,
     )
+
+
+def _check_takes(metric_fn: MetricFn, names: Sequence[str]) -> None:
+    """Raises ValueError for a function that cannot be called with these, before any training."""
+    if not inspect.isfunction(metric_fn):
+        return
+    try:
+        inspect.signature(metric_fn).bind(**dict.fromkeys(names))
+    except TypeError as error:
+        raise ValueError(
+            f"metric_fn {metric_fn.__name__!r} is called with {', '.join(names)} by name, and"
+            f" cannot be ({error}): give it the parameters that it uses, and **_ for the others"
+        ) from None
 
 
 def find_tokenizer(

@@ -4,9 +4,14 @@ In: `config.train.checkpoint_dir` and what to resume from. Out: paths, and the d
 anew or to go on. A run that starts anew never writes over an earlier one, which is renamed.
 """
 
+import contextlib
+import hashlib
 import json
+import os
+import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +90,39 @@ def check_shared(run_dir: Path) -> None:
     finally:
         if is_first():
             path.unlink()
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps a run's folder for this process, of those on this machine.
+
+    The lock is a file among the machine's temporary ones: a renamed folder would take it along,
+    and a mounted bucket may have none. It goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process holds the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        yield
+        return
+    name = hashlib.blake2b(os.fsencode(run_dir), digest_size=8).hexdigest()
+    path = Path(tempfile.gettempdir()) / f"jax_sft.{os.getuid()}.{name}.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read() or "another run"
+            raise ValueError(
+                f"train.checkpoint_dir={str(run_dir)!r} is in use by {holder}: wait for it, end "
+                "it, or set another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def set_aside(run_dir: Path) -> Path | None:

@@ -260,6 +260,12 @@ class _TensorBoard:
         self._writer.close()
 
 
+def check_tracker(kind: str | None) -> None:
+    """Raises ValueError where a tracker's package is not installed."""
+    if kind == "wandb":
+        _import_wandb()
+
+
 def _import_wandb() -> Any:
     try:
         import wandb

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jax_sft.data.batches import prefetch
 from jax_sft.data.report import check_trained, run_report
 from jax_sft.data.report_page import write_report_page
 from jax_sft.data.token_view import draw_examples
-from jax_sft.distributed import is_first
+from jax_sft.distributed import is_first, world
 from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
 from jax_sft.failure import finishing
 from jax_sft.inputs import Inputs, find_tokenizer, load_inputs, read_prompts
@@ -63,7 +63,7 @@ from jax_sft.same_run import check_data, check_joined, check_start
 from jax_sft.sharding import named_sharding
 from jax_sft.startup import flops_a_step, peak_flops, print_start, say, shown
 from jax_sft.together import from_first, wait_for_all
-from jax_sft.tracking import Tracker
+from jax_sft.tracking import Tracker, check_tracker
 from jax_sft.train_step import TrainState, batch_sums
 
 _EXAMPLES_SHOWN = 5  # on the page of the data report
@@ -128,21 +128,25 @@ def train(
     if config.train.logging_dir is not None:
         run_folder.check_writable(Path(config.train.logging_dir), key="train.logging_dir")
     run_folder.check_shared(Path(config.train.checkpoint_dir))
-    tokenizer = find_tokenizer(config, tokenizer)
-    model = open_model(config, tokenizer)
-    check_joined()
-    check_rows(config, model)
-    inputs = load_inputs(
-        config,
-        tokenizer=tokenizer,
-        samples=samples,
-        eval_samples=eval_samples,
-        eval_prompts=eval_prompts,
-        metric_fn=metric_fn,
-        stop_sequences=stop_sequences,
-    )
-    trainer = SFTTrainer(config, model=model, inputs=inputs)
-    trainer.learn()
+    if is_first():
+        check_tracker(config.train.tracker)
+    run_dir = Path(config.train.checkpoint_dir).resolve()
+    with run_folder.held(run_dir) if is_first() else contextlib.nullcontext():
+        tokenizer = find_tokenizer(config, tokenizer)
+        model = open_model(config, tokenizer)
+        check_joined()
+        check_rows(config, model)
+        inputs = load_inputs(
+            config,
+            tokenizer=tokenizer,
+            samples=samples,
+            eval_samples=eval_samples,
+            eval_prompts=eval_prompts,
+            metric_fn=metric_fn,
+            stop_sequences=stop_sequences,
+        )
+        trainer = SFTTrainer(config, model=model, inputs=inputs)
+        trainer.learn()
     return trainer
 
 
@@ -225,7 +229,8 @@ class SFTTrainer:
                 self._checkpoints.poll()
                 is_last = step == self.num_steps
                 if step % train.eval_interval == 0 or is_last:
-                    self._evaluate(step)
+                    with self._saved_if_it_fails(step, state):
+                        self._evaluate(step)
                 is_stopped = is_asked_to_stop(step - first)
                 if step % train.checkpoint_interval == 0 or is_last or is_stopped:
                     self._save(step, state)
@@ -233,7 +238,22 @@ class SFTTrainer:
                     return step
             if step < self.num_steps:
                 self._end_early(step, state, is_new=step > first)
+            elif first == self.num_steps and not self._goes_on:
+                self._save(first, state)  # another folder's last step, with nothing left to do
         return self.num_steps
+
+    @contextlib.contextmanager
+    def _saved_if_it_fails(self, step: int, state: TrainState) -> Iterator[None]:
+        """Saves what was trained if a metric of the user's fails, alone: others would not join."""
+        try:
+            yield
+        except FloatingPointError:  # of the step
+            raise
+        except Exception:
+            if world() is None:
+                self._save(step, state)
+                say("saved", f"step {step} in {shown(self.run_dir)}, before what failed there")
+            raise
 
     def _end_early(self, step: int, state: TrainState, *, is_new: bool) -> None:
         """Makes the last step that a stream had data for the last one of the run."""
@@ -298,6 +318,8 @@ class SFTTrainer:
         check_data(config, self._batches, self.inputs)
         asked = config.train.resume_from_checkpoint
         resume_dir = from_first(lambda: run_folder.find_resume_folder(self.run_dir, asked))
+        if asked == "auto" and resume_dir is None and (self.run_dir / CONFIG).is_file():
+            say("no resume", f"{shown(self.run_dir)} has no checkpoint: the run starts anew")
         trained = by_path(trained_params(config, model))
         print_start(
             config,
@@ -315,9 +337,9 @@ class SFTTrainer:
         self._step, seconds = compile_step(config, model, update)
         say("compiled", f"the train step in {seconds:.1f} s")
         wait_for_all()  # gloo gives up on a process that is half a minute late
-        goes_on = restored is not None and Path(resume_dir).resolve() == self.run_dir
-        self._best = point.best if goes_on else None  # another folder's best/ is not here
-        self._open_folder(step if goes_on else None, opened)
+        self._goes_on = restored is not None and Path(resume_dir).resolve() == self.run_dir
+        self._best = point.best if self._goes_on else None  # another folder's best/ is not here
+        self._open_folder(step if self._goes_on else None, opened)
         self._progress = Progress(
             self._tracker,
             num_steps=self.num_steps,
@@ -493,7 +515,8 @@ class SFTTrainer:
             say("saved", f"{folder / FINAL / ADAPTER} (the adapters alone, for peft)")
         if self._best is not None:
             say("saved", f"{folder / BEST} (the best by {self.config.train.best_metric})")
-        say("saved", f"{folder / METRICS}, {folder / CHECKPOINTS} (to resume)")
+        use = "to resume" if self.config.train.save_optimizer else "to export"
+        say("saved", f"{folder / METRICS}, {folder / CHECKPOINTS} ({use})")
         is_chat = self.inputs.train.sources[0].format in ("messages", "sharegpt")
         prompt = f"--model={folder / FINAL} {'--chat ' * is_chat}--prompt={self._example()}"
         say("try it", f"python -m jax_sft.generate {prompt}")

@@ -102,6 +102,8 @@ def test_each_swept_value_has_its_metrics_and_table():
     assert metrics["metrics/length@top_k=1"] == 1.0
     assert metrics["metrics/length@top_k=3"] == 3.0
     assert [table.title for table in tables] == ["samples@top_k=1", "samples@top_k=3"]
+    assert tables[1].columns == ["prompt", "output", "length", "top_k"]
+    assert tables[1].rows == [["p", "xxx", 3.0, 3]]
 
 
 def test_without_a_metric_fn_there_are_samples_alone():

@@ -79,6 +79,11 @@ def test_it_trains_exports_and_prompts(config_file, tmp_path, monkeypatch, capsy
         ["1 + 1 ="], max_new_tokens=3, temperature=0.0
     )
     assert capsys.readouterr().out == f"1 + 1 ={answer[0]}\n"
+    assert command(monkeypatch, generate, *given, "--top_p=0.999", "--seed=5") is None
+    [sampled] = CausalLM.from_pretrained(tmp_path / "exported").generate(
+        ["1 + 1 ="], max_new_tokens=3, top_p=0.999, seed=5
+    )
+    assert capsys.readouterr().out == f"1 + 1 ={sampled}\n" and sampled != answer[0]
 
     # A step that is not finite: one line as well, but code 1, and what was saved stays.
     resume = ("--config.train.resume_from_checkpoint=auto", "--config.optimizer.kwargs.lr=1e30")

@@ -1,6 +1,9 @@
 """The run as a whole: what train() measures, logs, writes and returns, and how it ends."""
 
 import json
+import os
+import shutil
+import sys
 import threading
 
 import datasets
@@ -22,7 +25,7 @@ from jax_sft.checkpoint import Checkpoints
 from jax_sft.config import BYTE_TOKENIZER
 from jax_sft.data.batches import Batches
 from jax_sft.manifest import complete_steps
-from jax_sft.run_folder import read_config
+from jax_sft.run_folder import held, read_config
 
 
 def scores(samples, prompts, outputs, **metadata):
@@ -287,20 +290,69 @@ def fail_in_the_metric(monkeypatch):
     return {"metric_fn": metric_fn}
 
 
-@pytest.mark.parametrize("fail", [fail_in_the_loader, fail_in_the_metric])
+@pytest.mark.parametrize(
+    ("fail", "saved"), [(fail_in_the_loader, [2]), (fail_in_the_metric, [2, 3])]
+)
 def test_an_exception_ends_the_run_with_files_flushed_and_threads_closed(
-    fail, tmp_path, monkeypatch
+    fail, saved, tmp_path, monkeypatch
 ):
     before = {thread.name for thread in threading.enumerate()}
     config = tiny_config(tmp_path / "run", train=dict(tracker="tensorboard", checkpoint_interval=2))
     with pytest.raises(OSError, match="the disk is gone"):
         jax_sft.train(samples=SAMPLES, eval_prompts=PROMPTS, config=config, **fail(monkeypatch))
-    assert complete_steps(tmp_path / "run" / "checkpoints") == [2]
+    assert complete_steps(tmp_path / "run" / "checkpoints") == saved
     assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line][:2] == [1, 2]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     left = {thread.name for thread in threading.enumerate()} - before
     assert not {name for name in left if "prefetch" in name or "checkpoint" in name}
     assert not {name for name in left if "EventLogger" in name or "tensorboard" in name.lower()}
+
+
+def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text("{}")
+    link = tmp_path / "link"
+    link.symlink_to(run_dir)
+    with held(run_dir):
+        for name in (run_dir, link):
+            with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on "):
+                jax_sft.train(samples=SAMPLES, config=tiny_config(name))
+    assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+    with held(run_dir), held(tmp_path):
+        pass
+
+
+def test_a_finished_run_that_goes_on_elsewhere_can_be_resumed_there(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", train=dict(total_steps=2))
+    jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config)
+    again = dict(checkpoint_dir=tmp_path / "run2", resume_from_checkpoint=tmp_path / "run")
+    jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config.evolve(train=again))
+    assert complete_steps(tmp_path / "run2" / "checkpoints") == [2]
+    capsys.readouterr()
+    more = again | dict(resume_from_checkpoint="auto", total_steps=3)
+    jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config.evolve(train=more))
+    assert "run2 at step 2" in capsys.readouterr().out
+
+
+def test_auto_says_that_there_is_nothing_to_resume(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", train=dict(total_steps=1, save_optimizer=False))
+    jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config)
+    assert "run/checkpoints (to export)" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    config = config.evolve(train=dict(resume_from_checkpoint="auto"))
+    jax_sft.train(samples=SAMPLES, eval_prompts=[], config=config)
+    assert "has no checkpoint: the run starts anew" in capsys.readouterr().out
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_renamed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        jax_sft.train(samples=SAMPLES, config=tiny_config(run_dir, train=dict(tracker="wandb")))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_saves_nothing(tmp_path):
@@ -338,6 +390,17 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(ran):
     for words in ("at step 5", "train.total_steps=3", "at least 5", "jax_sft.export"):
         assert words in message
     assert before == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_metric_that_does_not_take_what_it_is_given_is_found_before_training(tmp_path):
+    with pytest.raises(ValueError, match="metric_fn 'score' is called with samples, prompts, out"):
+
+        def score(outputs):
+            return {"x": 1}
+
+        jax_sft.train(
+            samples=SAMPLES, eval_prompts=PROMPTS, metric_fn=score, config=tiny_config(tmp_path)
+        )
 
 
 def test_a_metric_of_the_wrong_length_is_found_before_training(tmp_path):
