@@ -29,6 +29,7 @@ from jax_sft.evaluate import MetricFn, Table, evaluate_loss, evaluate_prompts
 from jax_sft.failure import finishing
 from jax_sft.inputs import Inputs, find_tokenizer, load_inputs, read_prompts
 from jax_sft.interrupt import STOPPED, asked_to_stop
+from jax_sft.manifest import complete_steps
 from jax_sft.model.causal_lm import ADAPTER, CausalLM
 from jax_sft.model.decoder import logical_axes
 from jax_sft.model.pretrained import by_path
@@ -191,8 +192,14 @@ class SFTTrainer:
 
     def learn(self) -> None:
         """Trains: from the start, or from where the run to resume stood."""
-        with contextlib.ExitStack() as opened:  # however it ends, files and threads are closed
-            step = self._train(*self._start(opened))
+        try:
+            with contextlib.ExitStack() as opened:  # however it ends, files and threads are closed
+                step = self._train(*self._start(opened))
+        except KeyboardInterrupt:
+            steps = complete_steps(self.run_dir / CHECKPOINTS)
+            saved = f"step {steps[-1]} is" if steps else "no step is"
+            say("interrupted", f"{saved} saved in {shown(self.run_dir)}")
+            raise
         if step < self.num_steps:
             say(
                 "stopped",

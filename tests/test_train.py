@@ -308,6 +308,19 @@ def test_an_exception_ends_the_run_with_files_flushed_and_threads_closed(
     assert not {name for name in left if "EventLogger" in name or "tensorboard" in name.lower()}
 
 
+def test_ctrl_c_says_what_is_saved(tmp_path, capsys):
+    def metric_fn(**_):
+        if complete_steps(tmp_path / "run" / "checkpoints"):
+            raise KeyboardInterrupt
+        return {}
+
+    config = tiny_config(tmp_path / "run", train=dict(checkpoint_interval=2, eval_interval=4))
+    with pytest.raises(KeyboardInterrupt):
+        jax_sft.train(samples=SAMPLES, eval_prompts=PROMPTS, metric_fn=metric_fn, config=config)
+    newest = complete_steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"step {newest} is saved in" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
