@@ -243,6 +243,15 @@ def test_a_streamed_folder_of_tables_or_texts_is_the_folder(tmp_path, suffix):
         assert list(stream.rows_from(index + 1)) == rows[number + 1 :]
 
 
+@pytest.mark.parametrize("kinds", [None, datasets.Features(text=datasets.Value("string"))])
+def test_a_stream_of_datasets_may_know_its_columns_or_not(kinds):
+    rows = [{"text": "a"}, {"text": "b"}]
+    stream = open_stream(
+        datasets.IterableDataset.from_generator(lambda: iter(rows), features=kinds)
+    )
+    assert [row for _, row in stream.rows_from(0)] == rows
+
+
 def test_what_is_no_stream_of_rows_is_named(tmp_path):
     table = pyarrow.table({"text": ["a"]})
     with pytest.raises(ValueError, match="samples is a Table; pass datasets.Dataset.from_dict"):

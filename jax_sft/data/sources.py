@@ -247,8 +247,8 @@ def open_dataset(
 
 def undecoded(table: Any) -> Any:
     """Leaves images and sounds as they are: no text needs them, and they need packages."""
-    if not hasattr(table, "__len__"):
-        return table.decode(False)
+    if not hasattr(table, "__len__"):  # a stream, whose columns nobody may know
+        return table if table.features is None else table.decode(False)
     features = {name: _undecoded(feature) for name, feature in table.features.items()}
     changed = {name: new for name, new in features.items() if new != table.features[name]}
     return table.cast(type(table.features)(features)) if changed else table
