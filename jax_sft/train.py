@@ -513,6 +513,9 @@ class SFTTrainer:
     def _finish(self) -> None:
         if self.inputs.stream is not None:
             self.data_report["streamed"] = dataclasses.asdict(self.inputs.stream.counts)
+            counts = self.inputs.stream.counts
+            if counts.dropped:
+                say("data", f"{counts.rows_read:,} rows were read{counts.dropped_in_words}")
             if is_first():
                 self._write_report()
         self.save_pretrained(self.run_dir / FINAL)

@@ -145,6 +145,22 @@ def test_a_wrong_row_stops_the_run_when_it_is_read_or_is_counted():
     assert batches.counts.rows_read == len(rows)
 
 
+def test_rows_that_the_filter_leaves_out_are_counted_once():
+    rows = [{"prompt": f"{n}?", "output": "x" * 9, "label": n % 3} for n in range(900)]
+    encoding = Encoding(seq_length=SEQ_LENGTH)
+    stream = open_stream(Texts(rows), filter="label == 1")
+    batches = StreamBatches(stream, packaged_bytes(), encoding, batch_size=4, look_ahead=8)
+    assert batches.first.counts.dropped["filter"] < 600
+    num_steps = len(all_batches(batches))
+    assert (batches.counts.rows_read, batches.counts.kept) == (900, 300)
+    assert batches.counts.dropped == {"filter": 600}
+    again = StreamBatches(stream, packaged_bytes(), encoding, batch_size=4, look_ahead=8)
+    middle = batches.mark(num_steps - 1)
+    again.seek(middle)
+    all_batches(again, first=num_steps - 1)
+    assert 0 < again.counts.rows_read < 900
+
+
 def test_windows_without_an_example_are_passed_over():
     long_prompts = [["p" * 99, "o"]] * 300
     batches = stream_batches([*ROWS[:10], *long_prompts, *ROWS[10:]])

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,6 +115,7 @@ class StreamBatches:
         self._lock = threading.Lock()  # steps are prepared in a thread, and named in another
         self._windows: list[Window] = []
         self._rows: Iterator[tuple[int, Any]] | None = None
+        self._left_out: Counter[str] = Counter()  # since the last window was read
         self._next: Mark | None = Mark()
 
     @functools.cached_property
@@ -123,7 +125,8 @@ class StreamBatches:
         Raises:
             ValueError: the stream has no example to train on.
         """
-        window = self._read(Mark(), self.stream.rows_from(0))
+        left_out: Counter[str] = Counter()
+        window = self._read(Mark(), self.stream.rows_from(0, left_out), left_out)
         if not len(window.examples):
             raise ValueError(
                 f"no example is left to train on in the first {window.counts.rows_read:,} rows of "
@@ -213,8 +216,8 @@ class StreamBatches:
     def _append_window(self) -> None:
         mark = self._next
         if self._rows is None:
-            self._rows = iter(self.stream.rows_from(mark.source_row))
-        window = self._read(mark, self._rows)
+            self._rows = iter(self.stream.rows_from(mark.source_row, self._left_out))
+        window = self._read(mark, self._rows, self._left_out)
         self.counts.add(window.counts)
         if len(window.examples):
             self._windows.append(window)
@@ -226,8 +229,8 @@ class StreamBatches:
             is_over = mark.epoch + 1 >= self.epochs
             self._next = None if is_over else Mark(row, mark.epoch + 1, 0, 0)
 
-    def _read(self, mark: Mark, rows: Iterator[tuple[int, Any]]) -> Window:
-        """Reads on until the window is full or the stream has ended."""
+    def _read(self, mark: Mark, rows: Iterator[tuple[int, Any]], left_out: Counter[str]) -> Window:
+        """Reads on until the window is full or the stream has ended; empties what was left out."""
         blocks: list[Examples] = []
         origins: list[str] = []
         counts = Counts()
@@ -247,6 +250,9 @@ class StreamBatches:
             counts.add(part.counts)
             num_tokens += int(part.lengths.sum())
             next_source_row = block[-1][0] + 1
+        for reason, number in left_out.items():
+            counts.drop(reason, number)
+        left_out.clear()
         examples = join_examples(blocks, tokenizer=self.tokenizer, origins=origins)
         if self.vocab_size is not None and len(examples):
             check_ids(examples, vocab_size=self.vocab_size)

@@ -8,6 +8,7 @@ whatever a filter keeps, so that a run that stopped at an index resumes at it ex
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -68,7 +69,9 @@ class Stream:
         keep = None if self._keep is None else self._keep.expression
         return repr((self.format, keep, self._max_samples, self.to_content.__self__))
 
-    def rows_from(self, start: int) -> Iterator[tuple[int, Any]]:
+    def rows_from(
+        self, start: int, left_out: Counter[str] | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yields (index, row) for the rows that are kept, from an index on.
 
         Indices rise, but not by one where blank lines or rows that the filter leaves
@@ -77,6 +80,7 @@ class Stream:
 
         Args:
             start: an index; the first row's is 0.
+            left_out: counts those behind start that are not kept, by reason.
 
         Raises:
             ValueError: the source cannot be read on, or changed since it was opened.
@@ -89,6 +93,8 @@ class Stream:
                 if self._keep is not None:
                     origin = self.name(index)
                     if not keeps(self._keep, row, origin, are_cells=self._are_cells):
+                        if left_out is not None and index >= start:
+                            left_out["filter"] += 1
                         continue
                 num_kept += 1
                 if index >= start:
