@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from jax_sft.config import SFTConfig, default_sft_config
 from jax_sft.data.fingerprint import source_fingerprint
 from jax_sft.data.samples import load_eval_prompts, load_function, load_samples, read_samples
+from jax_sft.data.sources import names_part
 from jax_sft.data.stream_batches import StreamBatches
 from jax_sft.data.streams import open_stream
 from jax_sft.data.token_cache import tokenize_all
@@ -166,7 +167,7 @@ def _check_takes(metric_fn: MetricFn, names: Sequence[str]) -> None:
     if not inspect.isfunction(metric_fn):
         return
     try:
-        inspect.signature(metric_fn).bind(**dict.fromkeys(names))
+        inspect.signature(metric_fn, follow_wrapped=False).bind(**dict.fromkeys(names))
     except TypeError as error:
         raise ValueError(
             f"metric_fn {metric_fn.__name__!r} is called with {', '.join(names)} by name, and"
@@ -215,10 +216,9 @@ def _tokenizer_home(model_path: str) -> str | Path:
 
 def _check_held_out(config: SFTConfig) -> None:
     data = config.data
-    trained = {_place_of(source) for source, _ in _mixture(data.train)}
-    same_split = data.eval_split in (None, data.split)
+    trained = {_place_of(source, data.split) for source, _ in _mixture(data.train)}
     for source in _named(data.eval).values():
-        if _place_of(source) in trained and (same_split or Path(source).is_file()):
+        if _place_of(source, _eval_split(data, source)) in trained:
             raise ValueError(
                 f"data.eval is {source!r}, as data.train is, so that it would measure what "
                 "was trained: set it to held-out samples, data.eval_split to another split of a "
@@ -226,10 +226,18 @@ def _check_held_out(config: SFTConfig) -> None:
             )
 
 
-def _place_of(source: str) -> str | Path:
-    """A source's name, or the path it is whatever way it is written."""
+def _place_of(source: str, split: str) -> tuple[str | Path, str]:
+    """A source's name, or the path it is whatever way it is written, and what is read of it."""
     path = Path(source).expanduser()
-    return path.resolve() if path.exists() else source
+    if path.is_file() and not names_part(split):
+        split = "train"
+    return path.resolve() if path.exists() else source, split
+
+
+def _eval_split(data: Any, source: str) -> str:
+    """What is read of held-out data: data.split may be a part of the training data alone."""
+    is_file = Path(source).expanduser().is_file()
+    return data.eval_split or ("train" if is_file else data.split)
 
 
 def _mixture(train: str | Sequence) -> list[tuple[str, float]]:
@@ -294,10 +302,7 @@ def _load_evals(
     else:
         found = {}
         for name, source in _named(data.eval).items():
-            # data.split is of the training data, and a file has none but "train".
-            is_file = Path(source).expanduser().is_file()
-            split = data.eval_split or ("train" if is_file else data.split)
-            found[name] = _find(config, source, split=split)
+            found[name] = _find(config, source, split=_eval_split(data, source))
     evals = {}
     for name, samples in found.items():
         evals[name] = _tokenize(config, samples, tokenizer)

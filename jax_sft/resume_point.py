@@ -66,9 +66,9 @@ def check_goes_on(
     checkpoint = f"the checkpoint in {folder}"
     if point.fingerprint != fingerprint:
         raise ValueError(
-            f"{checkpoint} was trained on other data, or in another order: keep samples, "
-            "seq_length, batch_size, seed, shuffle and packing to resume it, or start anew in "
-            "another train.checkpoint_dir"
+            f"{checkpoint} was trained on other data, or in another order: keep samples and what "
+            "chooses them, seq_length, batch_size, seed, shuffle and packing to resume it, or "
+            "start anew in another train.checkpoint_dir"
         )
     if not point.has_optimizer:
         raise ValueError(

@@ -97,7 +97,8 @@ def held(run_dir: Path) -> Iterator[None]:
     """Keeps a run's folder for this process, of those on this machine.
 
     The lock is a file among the machine's temporary ones: a renamed folder would take it along,
-    and a mounted bucket may have none. It goes with the process, however that ends.
+    and a mounted bucket may have none. It goes with the process, however that ends. Without a
+    place for temporary files there is none.
 
     Raises:
         ValueError: another process holds the folder.
@@ -109,19 +110,27 @@ def held(run_dir: Path) -> Iterator[None]:
         return
     name = hashlib.blake2b(os.fsencode(run_dir), digest_size=8).hexdigest()
     path = Path(tempfile.gettempdir()) / f"jax_sft.{os.getuid()}.{name}.lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read() or "another run"
-            raise ValueError(
-                f"train.checkpoint_dir={str(run_dir)!r} is in use by {holder}: wait for it, end "
-                "it, or set another folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with contextlib.ExitStack() as opened:
+        while True:
+            try:
+                file = opened.enter_context(path.open("a+"))
+            except OSError:
+                break
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read() or "another run"
+                raise ValueError(
+                    f"train.checkpoint_dir={str(run_dir)!r} is in use by {holder}: wait for it, "
+                    "end it, or set another folder"
+                ) from None
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                opened.callback(path.unlink, missing_ok=True)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                break  # else who held it has just removed it
         yield
 
 

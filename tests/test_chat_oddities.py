@@ -149,6 +149,20 @@ def test_the_token_of_the_next_turn_is_not_passed_over():
     ]
 
 
+def test_a_call_ends_in_the_first_stop_token_behind_it():
+    template = made(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function | tojson }}</call><eos>"
+        "<|assistant|>{% endif %}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        *("<|user|>", "<|assistant|>", "<|tool|>", "<call>", "</call>"),
+    )
+    row, [shown] = rendered(template, "2+2?", calls(2))
+    assert row.num_unrendered == 0
+    call = '{"name": "add", "arguments": {"x": "2"}}'
+    assert shown == (f"<|user|>2+2?<eos><|assistant|>⟪<call>{call}</call><eos>⟫<|assistant|><eos>")
+
+
 # What a template leaves out
 
 

@@ -1,5 +1,7 @@
 """What a run is given: arguments win over the config, and the tokenizer follows the model."""
 
+import functools
+
 import pytest
 from small_tokenizers import metaspace, packaged_bytes
 from tiny_runs import SAMPLES, tiny_config
@@ -76,6 +78,22 @@ def test_the_split_of_the_training_data_is_not_that_of_an_eval_file(tmp_path):
 def test_metadata_may_not_take_the_names_that_metric_fn_is_given():
     with pytest.raises(ValueError, match="key 'outputs', which metric_fn is given"):
         load(tiny_config("run"), eval_prompts=[{"prompt": "a", "outputs": "b"}])
+
+
+def test_parts_of_a_file_may_be_trained_and_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{n}\n" for n in range(10)))
+    data = dict(train=f"{tmp_path}/a.txt", eval=f"{tmp_path}/a.txt", split="train[:80%]")
+    config = tiny_config("run", data=data | dict(eval_split="train[80%:]"))
+    inputs = load(config, samples=None)
+    assert (inputs.train.counts.kept, inputs.evals[""].counts.kept) == (8, 2)
+
+
+def test_a_metric_may_be_wrapped():
+    @functools.wraps(lambda outputs: None)
+    def metric_fn(**given):
+        return {"n": len(given["outputs"])}
+
+    assert load(tiny_config("run"), eval_prompts=["a"], metric_fn=metric_fn).metric_fn is metric_fn
 
 
 def test_prompts_that_cannot_be_counted_are_named():

@@ -271,6 +271,12 @@ def test_a_damaged_adapter_is_refused(damage, message, whole, tmp_path):
         CausalLM.from_pretrained(tmp_path / "adapter", placement=placed())
 
 
+@pytest.mark.parametrize("left_out", [["lm_head", "embed_tokens"], r"lm_head|.*embed_tokens"])
+def test_an_expression_may_mean_more_than_is_left_out(left_out):
+    peft_config = dict(target_modules=r".*(q_proj|lm_head|tokens)", exclude_modules=left_out)
+    assert open_lora(LLAMA, peft_config).adapters.targets == {"attention/query"}
+
+
 def test_how_an_adapter_was_drawn_matters_where_it_changed_the_base(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "adapter")
     for drawn in (False, "gaussian", "orthogonal"):

@@ -298,7 +298,8 @@ def test_filters_that_are_none(expression, problem):
 
 
 def test_filter_needs_rows_with_fields():
-    assert "no row with fields" in error_of(read_samples, ["a"], filter="label == 1")
+    assert "no row with fields" in error_of(read_samples, [["a", "b"]], filter="label == 1")
+    assert "samples[0] has the fields ['text']" in error_of(read_samples, ["a"], filter="x == 1")
 
 
 def test_template_makes_the_prompt_or_the_text():
@@ -789,13 +790,24 @@ def test_a_folder_of_text_is_its_files(tmp_path):
     samples = load_samples(str(folder))
     assert texts(samples) == [["a"], ["b"], ["c"]] and samples.dropped == {"blank_line": 2}
     assert samples[2].origin == "train-2.txt line 2"
+    assert texts(load_samples(str(folder), filter="text != 'b'")) == [["a"], ["c"]]
+
+
+def test_a_folder_whose_readme_has_options_is_read_by_them(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.csv", "text;x", "a;1")
+    config = "- config_name: default\n  data_files: a.csv\n  sep: ';'"
+    write(folder / "README.md", "---", "configs:", config, "---")
+    assert texts(load_samples(str(folder))) == [["a"]]
 
 
 def test_a_file_is_split_as_a_folder_is(tmp_path):
     path = write(tmp_path / "a.jsonl", *(json.dumps({"text": text}) for text in "abcde"))
     assert texts(load_samples(path, split="train[:40%]")) == [["a"], ["b"]]
     assert load_samples(path, split="train[4:]")[0].origin == "a.jsonl line 5"
-    assert "data.split is 'test'" in error_of(load_samples, path, split="test")
+    assert len(load_samples(path, split="test")) == 5, "splits are of hub datasets and folders"
+    assert "data.split is 'train[x]'" in error_of(load_samples, path, split="train[x]")
 
 
 def test_images_beside_the_text_are_left_as_they_are(tmp_path):
@@ -812,9 +824,11 @@ def test_images_beside_the_text_are_left_as_they_are(tmp_path):
     table.save_to_disk(tmp_path / "saved")
     table.to_parquet(str(tmp_path / "a.parquet"))
     sources_of_it = [table, str(tmp_path / "saved"), str(tmp_path / "a.parquet")]
+    before = sorted(path.name for path in (tmp_path / "saved").iterdir())
     for source in sources_of_it:
         read = load_samples if isinstance(source, str) else read_samples
         assert texts(read(source)) == [["a"]]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == before
 
 
 def test_sequences_without_slices_are_read_too():

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import datasets
 import jax
@@ -321,7 +323,8 @@ def test_ctrl_c_says_what_is_saved(tmp_path, capsys):
     assert f"step {newest} is saved in" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path):
+def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text("{}")
@@ -332,7 +335,12 @@ def test_a_run_folder_in_use_is_refused_and_left_alone(tmp_path):
             with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on "):
                 jax_sft.train(samples=SAMPLES, config=tiny_config(name))
     assert [path.name for path in run_dir.iterdir()] == ["config.json"]
+    locks = set(Path(tempfile.gettempdir()).glob("jax_sft.*.lock"))
     with held(run_dir), held(tmp_path):
+        assert set(Path(tempfile.gettempdir()).glob("jax_sft.*.lock")) > locks
+    assert set(Path(tempfile.gettempdir()).glob("jax_sft.*.lock")) <= locks
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with held(run_dir):
         pass
 
 

@@ -141,7 +141,7 @@ config_file() { # what --config=FILE, or --config FILE, names after --
 require_numbers() { # require_numbers KEYS...: whole, and such as bash computes with
   local key
   for key in "$@"; do
-    if [[ $key = poll_seconds && ${!key} =~ ^0\.[0-9]+$ ]]; then continue; fi # only sleep reads it
+    if [[ $key = poll_seconds && ${!key} =~ ^[0-9]+\.[0-9]+$ ]]; then continue; fi # for sleep alone
     [[ ${!key} =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "$key is '${!key}'; expected a whole number"
   done
 }

@@ -374,8 +374,9 @@ class ChatTemplate:
             habits = self._habits(chat)
             turn = text.removesuffix(habits.after)
             end = self._tokens.before_last(turn, start)
-            if habits.ending and turn.endswith(habits.ending, start):
-                end = len(turn) - len(habits.ending)
+            unended = turn.removesuffix(habits.ending)
+            if habits.ending and unended != turn and habits.stop not in unended[end:]:
+                end = len(unended)
         return self._ended(whole, chat, text, start, end)._replace(is_unrendered=kept != before)
 
     def _plain_in_place(self, chat: Chat) -> tuple[str, int, int] | None:

@@ -214,7 +214,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     if not place or not name:
         raise ValueError(f"{spec!r} names no function; write module:function or file.py:function")
     is_file = place.endswith(".py")
-    if not is_file and not all(part.isidentifier() for part in place.split(".")):
+    if not is_file and ("/" in place or place.startswith(".")):
         raise ValueError(
             f"{spec!r}: {place!r} is no module's name; write module:{name}, or "
             f"path/to/file.py:{name}"
@@ -276,18 +276,19 @@ def as_sequence(samples: Any, *, what: str = "samples") -> Sequence[Any]:
 
 def check_no_frame(samples: Any, what: str) -> None:
     """Raises ValueError for a table of another library, which gives its columns' names for rows."""
-    if hasattr(samples, "columns") and not _is_table(samples):
-        kind = type(samples).__name__
-        made = "from_pandas" if hasattr(samples, "iterrows") else "from_dict"
-        given = what if hasattr(samples, "iterrows") else f"{what}.to_pydict()"
-        raise ValueError(f"{what} is a {kind}; pass datasets.Dataset.{made}({given})")
+    kind = type(samples).__name__
+    if hasattr(samples, "iterrows"):
+        raise ValueError(f"{what} is a {kind}; pass datasets.Dataset.from_pandas({what})")
+    if hasattr(samples, "to_pydict"):
+        remedy = f"datasets.Dataset.from_dict({what}.to_pydict())"
+        raise ValueError(f"{what} is a {kind}; pass {remedy}")
 
 
 def _has_slices(samples: Any) -> bool:
     """Whether several samples can be asked for at once; a deque, say, gives one at a time."""
     try:
         return isinstance(samples, Sequence) and samples[0:0] is not None
-    except TypeError:
+    except Exception:  # of whatever class it is
         return False
 
 
@@ -371,6 +372,7 @@ def keeps(keep: RowFilter, row: Any, origin: str, *, are_cells: bool) -> bool:
     """
     if isinstance(row, BadRow):  # what is wrong with it is said when it is read
         return True
+    row = {"text": row} if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise ValueError(f"{origin} is no row with fields; set data.filter to None")
     if absent := sorted(keep.fields - row.keys()):

@@ -177,12 +177,17 @@ def load_rows(
     if place.what == "url":
         return Rows(source, open_dataset(place, num_proc=num_proc), names_of(place))
     rows = _load_file(place, num_proc=num_proc)
-    if split == "train":
+    if not names_part(split):
         return rows
     indices = _sliced(place, split, {"train": 0}, len(rows.values))
     has_own = hasattr(rows.values, "select")
     values = rows.values.select(indices) if has_own else [rows.values[i] for i in indices]
     return replace(rows, values=values, name=rows.name.of(indices))
+
+
+def names_part(split: str) -> bool:
+    """Whether a split is a part of a file, as train[:10%]; other names are of hub datasets."""
+    return split.startswith("train[")
 
 
 def _load_file(place: Place, *, num_proc: int) -> Rows:
@@ -249,17 +254,12 @@ def undecoded(table: Any) -> Any:
     """Leaves images and sounds as they are: no text needs them, and they need packages."""
     if not hasattr(table, "__len__"):  # a stream, whose columns nobody may know
         return table if table.features is None else table.decode(False)
-    features = {name: _undecoded(feature) for name, feature in table.features.items()}
-    changed = {name: new for name, new in features.items() if new != table.features[name]}
-    return table.cast(type(table.features)(features)) if changed else table
-
-
-def _undecoded(feature: Any) -> Any:
-    """A column's kind without decoding, in lists too."""
-    if getattr(feature, "decode", False):
-        return replace(feature, decode=False)
-    inner = getattr(feature, "feature", None)
-    return feature if inner is None else replace(feature, feature=_undecoded(inner))
+    for name, feature in table.features.items():
+        if getattr(feature, "decode", False):
+            table = table.cast_column(name, replace(feature, decode=False))
+        elif getattr(getattr(feature, "feature", None), "decode", False):
+            table = table.remove_columns(name)  # a list of them, which a cast would copy
+    return table
 
 
 def _version(files: Iterable[str]) -> str:
@@ -329,12 +329,19 @@ def _found_by_datasets(place: Place, *builders: str) -> dict[str, list[Path]]:
     kinds = {"csv": Csv, "json": Json, "parquet": Parquet, "text": Text}
     builder = load_dataset_builder(os.path.abspath(place.source))  # "." has no name
     is_meant = isinstance(builder, tuple(kinds[name] for name in builders))
-    if not is_meant or getattr(builder.config, "field", None) is not None:
-        return {}
+    if not is_meant or builder.info.features is not None or _has_options(builder.config):
+        return {}  # by the options that its README gives, `datasets` reads it
     return {
         str(name): [Path(file) for file in files]
         for name, files in builder.config.data_files.items()
     }
+
+
+def _has_options(config: Any) -> bool:
+    """Whether a folder's config says more than where its files are."""
+    said, plain = vars(config), vars(type(config)())
+    where = ("name", "version", "data_dir", "data_files", "description")
+    return any(said[name] != plain[name] for name in plain if name not in where)
 
 
 def _parquet_splits(place: Place) -> dict[str, list[str]]:

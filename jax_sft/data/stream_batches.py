@@ -140,8 +140,8 @@ class StreamBatches:
         """A hash of the stream's beginning and of the options that decide the batches."""
         digest = hashlib.blake2b(digest_size=16)
         options = (self.batch_size, self.seed, self.shuffle, self.packing, self.look_ahead)
-        said = (self.stream.source, self.stream.options, self.encoding, options)
-        digest.update(repr(said).encode())
+        said = (self.stream.source, self.encoding, options)
+        digest.update((repr(said) + self.stream.options).encode())
         examples = self.first.examples
         for array in (examples.offsets, examples.inputs, examples.targets, examples.weights):
             digest.update(np.ascontiguousarray(array).data)

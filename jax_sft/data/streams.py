@@ -28,6 +28,7 @@ from jax_sft.data.sources import (
     find_source,
     is_lines,
     names_of,
+    names_part,
     open_dataset,
     readable,
     undecoded,
@@ -65,9 +66,15 @@ class Stream:
 
     @property
     def options(self) -> str:
-        """What decides which rows there are and what they hold, beside the source."""
-        keep = None if self._keep is None else self._keep.expression
-        return repr((self.format, keep, self._max_samples, self.to_content.__self__))
+        """What else decides which rows there are and what they hold; "" where nothing does."""
+        reader, plain = self.to_content.__self__, RowReader()
+        said = {name: value for name, value in vars(reader).items() if value != vars(plain)[name]}
+        del said["format"]  # the rows tell it
+        if self._keep is not None:
+            said["filter"] = self._keep.expression
+        if self._max_samples is not None:
+            said["max_samples"] = self._max_samples
+        return repr(said) if said else ""
 
     def rows_from(
         self, start: int, left_out: Counter[str] | None = None
@@ -190,7 +197,7 @@ def _open(source: str | Iterable[Any], *, split: str, format: str | None) -> _St
             RowNames(f"{source} sample "),
         )
     place = find_source(source, format=format)
-    if place.what == "file" and split != "train":
+    if place.what == "file" and names_part(split):
         raise ValueError(
             f"{source}: data.split is {split!r}, but a file that is streamed is read whole: leave "
             "it at 'train', or set data.streaming to False"

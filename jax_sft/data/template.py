@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 THINK, THINK_END = "<think>", "</think>"
 _PRIVATE_USE = (range(0xE000, 0xF8FF), range(0xF0000, 0xFFFFD))
-# One thought in tags, and an answer behind it that has none.
 # What may stand in front of a plain answer: an empty thought, its end alone, a thought's start.
 _EMPTY_THOUGHT = re.compile(r"(?:<think>\s*)?</think>\s*\Z")
 _OPEN_THOUGHT = re.compile(r"<think>\s*\Z")
 _UNTAGGED = r"((?:(?!</?think>).)*)"
+# One thought in tags, and an answer behind it that has none.
 _TAGGED = re.compile(rf"\s*<think>{_UNTAGGED}</think>{_UNTAGGED}", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

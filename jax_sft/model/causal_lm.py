@@ -331,8 +331,8 @@ class CausalLM:
                 self.decoder,
                 self.params,
                 jnp.asarray(tokens_BT, jnp.int32),
-                jnp.asarray(positions_BT, jnp.int32),
-                jnp.asarray(segment_ids_BT, jnp.int32),
+                jnp.broadcast_to(jnp.asarray(positions_BT, jnp.int32), tokens_BT.shape),
+                jnp.broadcast_to(jnp.asarray(segment_ids_BT, jnp.int32), tokens_BT.shape),
             )
         return logits_BTV[..., : self.decoder.config.vocab_size]
 
@@ -475,7 +475,7 @@ def _integers(name: str, values: Any, *, shape: tuple[int, ...] | None = None) -
     array = values if isinstance(values, jax.Array) else np.asarray(values)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} is of {array.dtype}: pass whole numbers")
-    if shape is not None and array.shape != shape:
+    if shape is not None and array.shape not in (shape, (1, shape[1])):
         raise ValueError(f"{name} has shape {array.shape}: pass that of tokens_BT, {shape}")
     return array
 

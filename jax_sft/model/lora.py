@@ -152,7 +152,7 @@ def read_peft_config(
             targets.update(linears)
             shared.update(sorted(linears, key=_LINEARS.index)[1:])
     _check_all_mean_something(values["target_modules"], modules, num_layers)
-    _check_no_others(values["target_modules"], tensors)
+    _check_no_others(values["target_modules"], values["exclude_modules"], tensors)
     if not targets:
         short = sorted({module.rpartition(".")[2] for module in modules})
         raise ValueError(
@@ -287,18 +287,23 @@ def _check_all_mean_something(wanted: Any, modules: Iterable[str], num_layers: i
         )
 
 
-def _check_no_others(wanted: Any, tensors: Sequence[Tensor]) -> None:
+def _check_no_others(wanted: Any, unwanted: Any, tensors: Sequence[Tensor]) -> None:
     """An expression, too, may mean what PEFT adapts and we cannot: embeddings, and the head."""
     if not isinstance(wanted, str) or wanted == "all-linear":
         return
-    heads = {"lm_head", "embed_out"}  # a tied one is in no file
-    others = {
+    is_neox = any(tensor.theirs.startswith("gpt_neox.") for tensor in tensors)
+    others = {"embed_out" if is_neox else "lm_head"}  # a tied one is in no file
+    others |= {
         tensor.theirs.removesuffix(".weight")
         for tensor in tensors
         if any(path.startswith(("embed/", "head/")) for path in tensor.ours)
         and not _linears(tensor)
     }
-    meant = sorted(name for name in others | heads if re.fullmatch(wanted, name))
+    if isinstance(unwanted, str):
+        others = {name for name in others if not re.fullmatch(unwanted, name)}
+    ends = tuple(f".{end}" for end in unwanted or ())
+    others = {name for name in others if not f".{name}".endswith(ends)} if ends else others
+    meant = sorted(name for name in others if re.fullmatch(wanted, name))
     if meant:
         raise ValueError(
             f"peft_config.target_modules={wanted!r} means {', '.join(meant)} too, for which"
