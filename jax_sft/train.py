@@ -268,7 +268,8 @@ class SFTTrainer:
         epochs = self.config.train.epochs
         say("data", f"the stream has ended after {epochs} epochs, at step {step}")
         if is_new and step % self.config.train.eval_interval:
-            self._evaluate(step)
+            with self._saved_if_it_fails(step, state):
+                self._evaluate(step)
         if is_new and step % self.config.train.checkpoint_interval:
             self._save(step, state)
 

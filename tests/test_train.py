@@ -310,6 +310,21 @@ def test_an_exception_ends_the_run_with_files_flushed_and_threads_closed(
     assert not {name for name in left if "EventLogger" in name or "tensorboard" in name.lower()}
 
 
+def test_a_metric_that_fails_where_a_stream_ends_loses_no_step(tmp_path, monkeypatch):
+    file = tmp_path / "texts.txt"
+    file.write_text("some text\n" * 40)
+    config = tiny_config(
+        tmp_path / "run",
+        train=dict(epochs=1, total_steps=500, eval_interval=400, checkpoint_interval=400),
+        data=dict(train=str(file), streaming=True),
+    )
+    metric_fn = fail_in_the_metric(monkeypatch)["metric_fn"]
+    with pytest.raises(OSError, match="the disk is gone"):
+        jax_sft.train(eval_prompts=PROMPTS, metric_fn=metric_fn, config=config)
+    [step] = complete_steps(tmp_path / "run" / "checkpoints")
+    assert 1 <= step < 400
+
+
 def test_ctrl_c_says_what_is_saved(tmp_path, capsys):
     def metric_fn(**_):
         if complete_steps(tmp_path / "run" / "checkpoints"):

@@ -254,24 +254,28 @@ def _linears(tensor: Tensor) -> list[str]:
 def _is_target(
     wanted: Any, module: str, linears: list[str], model_type: str, num_layers: int
 ) -> bool:
-    """PEFT's rule: a list has names or their ends, a string is a regular expression."""
+    """Whether a module is meant: in every layer, or in none."""
     if wanted == "all-linear":
         return True
     if wanted is None:
         more = _MORE_DEFAULT_TARGETS.get(model_type, set())
         return not (_DEFAULT_TARGETS | more).isdisjoint(linears)
     names = {module.format(layer=layer) for layer in range(num_layers)}
-    if isinstance(wanted, str):
-        found = {name for name in names if re.fullmatch(wanted, name)}
-    else:
-        ends = tuple(f".{end}" for end in wanted)
-        found = {name for name in names if f".{name}".endswith(ends)}
+    found = _meant(wanted, names)
     if found and found != names:
         raise ValueError(
             f"peft_config: {wanted!r} means {module.format(layer='N')} in some layers only, which "
             "is not built: name the module for all layers"
         )
     return bool(found)
+
+
+def _meant(wanted: Any, names: Iterable[str]) -> set[str]:
+    """PEFT's rule: a list has names or their ends, a string is a regular expression."""
+    if isinstance(wanted, str):
+        return {name for name in names if re.fullmatch(wanted, name)}
+    ends = tuple(f".{end}" for end in wanted)
+    return {name for name in names if f".{name}".endswith(ends)}
 
 
 def _check_all_mean_something(wanted: Any, modules: Iterable[str], num_layers: int) -> None:
@@ -299,11 +303,7 @@ def _check_no_others(wanted: Any, unwanted: Any, tensors: Sequence[Tensor]) -> N
         if any(path.startswith(("embed/", "head/")) for path in tensor.ours)
         and not _linears(tensor)
     }
-    if isinstance(unwanted, str):
-        others = {name for name in others if not re.fullmatch(unwanted, name)}
-    ends = tuple(f".{end}" for end in unwanted or ())
-    others = {name for name in others if not f".{name}".endswith(ends)} if ends else others
-    meant = sorted(name for name in others if re.fullmatch(wanted, name))
+    meant = sorted(_meant(wanted, others) - _meant(unwanted or (), others))
     if meant:
         raise ValueError(
             f"peft_config.target_modules={wanted!r} means {', '.join(meant)} too, for which"
